@@ -14,7 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 # %% ../nbs/learning/07_core.ipynb #b7dc9a76
-class UserError(ValueError): "What was given cannot be used; the message says what was wrong, where, and what would be right"
+class UserError(ValueError):
+    "What was given cannot be used; the message says what was wrong, where, and what would be right"
+    def __init__(self, message:str):
+        super().__init__(message)
+        self.message = message
+    def __str__(self): return self.message
 
 # %% ../nbs/learning/07_core.ipynb #ccaa436c
 def unknown(
