@@ -119,10 +119,9 @@ dkd.shapes = 'same'
 def one_minus_cos(
     x:Tensor, y:Tensor, # Two tensors of one shape
     dim:int, # The axis of the vectors
-    eps:float=1e-6, # A shorter vector counts as shorter than 1
 )->Tensor: # Mean over the other axes
     "1 - cos of the angle between `x` and `y`, as half the squared distance of the unit vectors"
-    x,y = [F.normalize(o, dim=dim, eps=eps) for o in (x, y)]
+    x,y = [F.normalize(o, dim=dim, eps=1e-4) for o in (x, y)]
     return ((x-y)**2).sum(dim).mean() / 2
 
 # %% ../nbs/learning/01_losses.ipynb #69ab6b44
@@ -134,7 +133,7 @@ def dist(
 )->Tensor:
     "1 - Pearson's correlation of the probabilities, along rows and along columns"
     s,t = [(o/T).softmax(-1).flatten(0,-2) for o in pair('dist', student, teacher.detach())]
-    along = lambda dim: one_minus_cos(s - s.mean(dim, keepdim=True), t - t.mean(dim, keepdim=True), dim, eps=1e-4)
+    along = lambda dim: one_minus_cos(s - s.mean(dim, keepdim=True), t - t.mean(dim, keepdim=True), dim)
     return T**2 * (beta*along(1) + gamma*along(0))
 
 dist.shapes = 'same'

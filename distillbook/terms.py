@@ -139,4 +139,4 @@ def _bridge(self:Terms, t, outs):
 def _try(self:Terms, t, outs, yb):
     try: v = t(*self.inputs(t, outs), targets=yb)
     except Exception as e: raise UserError(f"term {t!r} fails on a batch: {type(e).__name__}: {e}") from e
-    if not isinstance(v, Tensor) or v.numel()!=1: raise UserError(f"term {t!r} must give a scalar, not {f'shape {list(v.shape)}' if isinstance(v, Tensor) else v!r}")
+    if not isinstance(v, Tensor) or v.numel()!=1: raise UserError(f"term {t!r} must give a scalar, not {f'a tensor of shape {list(v.shape)}' if isinstance(v, Tensor) else repr(v)}")

@@ -19,7 +19,7 @@ from platformdirs import user_cache_dir
 from torch import nn
 from .core import UserError, unknown, write_beside
 from .rec.labels import Alphabet
-from .rec.nets import RecNet, ppocrv3_rec
+from .rec.nets import ppocrv3_rec
 
 # %% ../nbs/practice/00_weights.ipynb #6caf9083
 class Teacher(NamedTuple):
@@ -112,7 +112,10 @@ def onnx_weights(
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
     except DecodeError: raise UserError(f"{path}: not an ONNX file, or only a part of one") from None
     tensors = {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type=='Constant'} | {t.name: t for t in graph.initializer}
-    return {k: numpy_helper.to_array(t) for k,t in tensors.items() if re.fullmatch(r'\w+_\d+\.[wb]_\d', k)}
+    tensors = {k: t for k,t in tensors.items() if re.fullmatch(r'\w+_\d+\.[wb]_\d', k)}
+    for k,t in tensors.items():
+        if t.data_location==t.EXTERNAL: raise UserError(f"{path}: {k} lies in another file, which is not read")
+    return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
 
 # %% ../nbs/practice/00_weights.ipynb #ef5f1acc
 KINDS = dict(conv2d=nn.Conv2d, batch_norm=nn.BatchNorm2d, batch_norm2d=nn.BatchNorm2d, linear=nn.Linear, layer_norm=nn.LayerNorm)

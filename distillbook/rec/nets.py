@@ -11,7 +11,7 @@ __all__ = ['named', 'conv_bn', 'separable', 'SE', 'MobileNetV1Enhance', 'Attenti
 # %% ../../nbs/reading/02_nets.ipynb #1a1c0f70
 from collections import OrderedDict
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import nn
 from ..core import UserError
 
 # %% ../../nbs/reading/02_nets.ipynb #b60ddea2

@@ -1,0 +1,106 @@
+"Alphabets and CTC labels: PaddleOCR's own labels, files that are read, and input that will not do"
+import json, numpy as np, onnx, pytest, torch
+from onnx import helper as oh, TensorProto as tp
+from pathlib import Path
+from distillbook.core import UserError
+from distillbook.rec.labels import Alphabet, encode_batch, fault, usable
+
+GOLDEN = Path(__file__).parent/'golden'
+KEYS = GOLDEN/'ppocr_keys_v1.txt'
+targets = np.load(GOLDEN/'targets_rec.npz')
+
+@pytest.mark.parametrize('case,lower,alphabet', [
+    ('CTCLabelEncode_default', True, lambda: Alphabet('0123456789abcdefghijklmnopqrstuvwxyz')),
+    ('CTCLabelEncode_keys_v1_space', False, lambda: Alphabet.from_file(KEYS, use_space_char=True)),
+    ('CTCLabelEncode_keys_v1_nospace_len10', False, lambda: Alphabet.from_file(KEYS))])
+def test_labels_equal_paddle(case, lower, alphabet):
+    "PaddleOCR's labels, wherever it drops no character; whatever it refuses we refuse too; and what it would change we refuse"
+    meta,alphabet = json.loads(str(targets[f'{case}|meta'])),alphabet()
+    max_len = meta['kwargs']['max_text_length']
+    assert len(alphabet) == meta['n_char']
+    same = changed = 0
+    for i,text in enumerate(meta['texts']):
+        if lower: text = text.lower()
+        why = fault(text, alphabet, max_len)
+        if i in meta['none']:
+            assert why
+            continue
+        want,length = targets[f'{case}|out|t{i}_label'],int(targets[f'{case}|out|t{i}_length'])
+        if why:
+            assert length < len(text) and 'not in the alphabet' in why
+            changed += 1
+        else:
+            labels,lengths = encode_batch([text], alphabet, max_len)
+            assert labels[0].tolist() == want.tolist() and lengths.tolist() == [length]
+            assert alphabet.decode(labels[0]) == text
+            same += 1
+    assert same+changed+len(meta['none']) == len(meta['texts']) and same >= 5 and changed >= 1
+
+def test_keys_v1():
+    a = Alphabet.from_file(KEYS, use_space_char=True)
+    assert len(a) == 6625 and a.chars[:4] == ["'", '疗', '绚', '诚'] and a.chars[-3:] == ['紹', '懮', ' ']
+    small = Alphabet('0aZ ')
+    assert [a.chars[i-1] for i in small.columns_in(a)[1:]] == list('0aZ ')
+
+def test_batch_is_padded_int64():
+    labels,lengths = encode_batch(['ab', 'b'], Alphabet('abc'), 3)
+    assert labels.dtype == lengths.dtype == torch.int64
+    assert labels.tolist() == [[1,2,0],[2,0,0]] and lengths.tolist() == [2,1]
+
+@pytest.mark.parametrize('text,says', [('abd', "character 'd' is not in the alphabet"), ('abcabc', r'\(6 characters\): longer than 5'), ('', 'empty')])
+def test_bad_label_is_named(text, says):
+    a = Alphabet('abc')
+    with pytest.raises(UserError, match=says): encode_batch(['ab', text], a, 5)
+    keep,why = usable(['ab', text, text, 'cccca'], a, 5)
+    assert keep == [0,3] and list(why.values()) == [2]
+
+def test_length_is_inclusive(): assert encode_batch(['abcab'], Alphabet('abc'), 5)[1].item() == 5
+
+def test_encode_names_the_character():
+    with pytest.raises(UserError, match="'naïve': character 'ï'"): Alphabet('naive').encode('naïve')
+
+def test_columns_in():
+    student,teacher = Alphabet('cab'),Alphabet('xabyc')
+    logits = torch.randn(2, 4, len(teacher))
+    got = logits[..., student.columns_in(teacher)]
+    assert torch.equal(got, logits[..., [0,5,2,3]])
+    with pytest.raises(UserError, match='lacks 2 of these characters: xy'): teacher.columns_in(student)
+
+def test_repeated_character_takes_the_last_class():
+    a = Alphabet(' a ')
+    assert a.encode(' ') == [3] and a.decode([1,2,3]) == ' a ' and Alphabet('a ').columns_in(a).tolist() == [0,2,3]
+
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_from_file_keeps_what_cannot_be_seen(tmp_path, end):
+    chars = [' ', 'a', '\u00ad', '\u2028', '\u3000']
+    (tmp_path/'d.txt').write_bytes((end.join(chars)+end).encode())
+    assert Alphabet.from_file(tmp_path/'d.txt').chars == chars
+
+@pytest.mark.parametrize('content,says', [(None, 'No such file'), (b'a\n\xff\n', 'byte 2 is not UTF-8'), (b'', 'without characters'), (b'a\n\nb\n', 'line 2 of its file')])
+def test_bad_file(tmp_path, content, says):
+    f = tmp_path/'d.txt'
+    if content is not None: f.write_bytes(content)
+    with pytest.raises(UserError, match=says): Alphabet.from_file(f)
+
+def tiny(path, n, props):
+    io = [oh.make_tensor_value_info(o, tp.FLOAT, [1, None, n]) for o in 'xy']
+    model = oh.make_model(oh.make_graph([oh.make_node('Identity', ['x'], ['y'])], 'tiny', io[:1], io[1:]))
+    oh.set_model_props(model, props)
+    onnx.save(model, path)
+    return path
+
+def test_from_onnx(tmp_path):
+    chars = KEYS.read_text(encoding='utf-8').removesuffix('\n')
+    a = Alphabet.from_onnx(tiny(tmp_path/'m.onnx', 6625, {'character': chars}))
+    assert a.chars == Alphabet.from_file(KEYS, use_space_char=True).chars
+    assert Alphabet.from_onnx(tiny(tmp_path/'n.onnx', 3, {'character': 'a\nb'})).chars == ['a','b']
+
+@pytest.mark.parametrize('n,props,says', [(4, {'character': 'a'}, '1 characters, but 4 output classes'), (3, {}, 'no alphabet')])
+def test_onnx_that_will_not_do(tmp_path, n, props, says):
+    with pytest.raises(UserError, match=says): Alphabet.from_onnx(tiny(tmp_path/'m.onnx', n, props))
+
+def test_broken_onnx(tmp_path):
+    f = tiny(tmp_path/'m.onnx', 3, {'character': 'a\nb'})
+    f.write_bytes(f.read_bytes()[:-7])
+    with pytest.raises(UserError, match='not an ONNX file'): Alphabet.from_onnx(f)
+    with pytest.raises(UserError, match='No such file'): Alphabet.from_onnx(tmp_path/'none.onnx')
