@@ -12,6 +12,7 @@ __all__ = ['named', 'conv_bn', 'separable', 'SE', 'MobileNetV1Enhance', 'Attenti
 from collections import OrderedDict
 import torch, torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from ..core import UserError
 
 # %% ../../nbs/reading/02_nets.ipynb #b60ddea2
@@ -51,7 +52,9 @@ def separable(
 # %% ../../nbs/reading/02_nets.ipynb #90bec62e
 class SE(nn.Module):
     "Squeeze and excitation: each channel times a number between 0 and 1 that is computed from the whole picture"
-    def __init__(self, n):
+    def __init__(self,
+        n:int, # Channels
+    ):
         super().__init__()
         self.conv1,self.conv2 = nn.Conv2d(n, n//4, 1), nn.Conv2d(n//4, n, 1)
         for c in (self.conv1, self.conv2):
@@ -88,7 +91,12 @@ class MobileNetV1Enhance(nn.Module):
 # %% ../../nbs/reading/02_nets.ipynb #00cb34e9
 class Attention(nn.Module):
     "Every column looks at every other: multi-head self-attention on [N,T,n]"
-    def __init__(self, n, heads=8, attn_drop=0.1, drop=0.1):
+    def __init__(self,
+        n:int, # Channels of a column
+        heads:int=8, # Divides `n`
+        attn_drop:float=0.1, # Dropout of the weights
+        drop:float=0.1, # Dropout of the result
+    ):
         super().__init__()
         self.heads = heads
         self.qkv,self.proj = nn.Linear(n, 3*n), nn.Linear(n, n)
@@ -104,7 +112,13 @@ class Attention(nn.Module):
 # %% ../../nbs/reading/02_nets.ipynb #80b16143
 class Block(nn.Module):
     "Attention, then two linear layers, each added to what came in"
-    def __init__(self, n, heads=8, mlp_ratio=2., drop=0.1, attn_drop=0.1):
+    def __init__(self,
+        n:int, # Channels of a column
+        heads:int=8, # See `Attention`
+        mlp_ratio:float=2., # Width between the two linear layers, over `n`
+        drop:float=0.1, # Dropout after attention and linear layers
+        attn_drop:float=0.1, # See `Attention`
+    ):
         super().__init__()
         nh = int(n*mlp_ratio)
         self.norm1,self.mixer = nn.LayerNorm(n), Attention(n, heads, attn_drop, drop)
@@ -124,8 +138,8 @@ class EncoderWithSVTR(nn.Module):
         depth:int=2, # Attention blocks
         hidden_dims:int=120, # Channels inside the blocks
         use_guide:bool=False, # Stop the gradient at the door? True in PP-OCRv3
-        num_heads:int=8,
-        mlp_ratio:float=2., # Width inside a block's two linear layers, over `hidden_dims`
+        num_heads:int=8, # These four: see `Block`
+        mlp_ratio:float=2.,
         drop_rate:float=0.1,
         attn_drop_rate:float=0.1,
         kernel_size=(3,3), # Of the first and of the fourth convolution
@@ -144,14 +158,16 @@ class EncoderWithSVTR(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
-    def forward(self, x):
-        if self.use_guide: x = x.detach()
-        z = self.conv2(self.conv1(x))
-        n,c,h,w = z.shape
-        z = z.flatten(2).transpose(1,2)
-        for block in self.svtr_block: z = block(z)
-        z = self.norm(z).transpose(1,2).reshape(n, c, h, w)
-        return self.conv1x1(self.conv4(torch.cat([x, self.conv3(z)], 1)))
+# %% ../../nbs/reading/02_nets.ipynb #48575030
+@patch
+def forward(self:EncoderWithSVTR, x):
+    if self.use_guide: x = x.detach()
+    z = self.conv2(self.conv1(x))
+    n,c,h,w = z.shape
+    z = z.flatten(2).transpose(1,2)
+    for block in self.svtr_block: z = block(z)
+    z = self.norm(z).transpose(1,2).reshape(n, c, h, w)
+    return self.conv1x1(self.conv4(torch.cat([x, self.conv3(z)], 1)))
 
 # %% ../../nbs/reading/02_nets.ipynb #224143f0
 class SequenceEncoder(nn.Module):
@@ -167,7 +183,10 @@ class SequenceEncoder(nn.Module):
 # %% ../../nbs/reading/02_nets.ipynb #c0bd4a8a
 class CTCHead(nn.Module):
     "[N,T,C] to the logits of all classes at every column, [N,T,classes]"
-    def __init__(self, in_channels, out_channels):
+    def __init__(self,
+        in_channels:int, # Of a column
+        out_channels:int, # Classes, with the blank
+    ):
         super().__init__()
         self.fc = nn.Linear(in_channels, out_channels)
 
