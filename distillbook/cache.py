@@ -41,7 +41,9 @@ class Answers:
             start = f.tell()
             whole = (self.path.stat().st_size-start)//self.dtype.itemsize
             recs = np.fromfile(f, self.dtype, whole)
-        with open(self.path, 'r+b') as f: f.truncate(start+whole*self.dtype.itemsize)
+        end = start+whole*self.dtype.itemsize
+        if self.path.stat().st_size>end:
+            with open(self.path, 'r+b') as f: f.truncate(end)
         self.rows = {k.tobytes(): a for k,a in zip(recs['key'], recs['answer'])}
 
     def add(self,

@@ -18,7 +18,7 @@ from .core import UserError
 
 # %% ../nbs/practice/03_cli.ipynb #302cc2a7
 app = typer.Typer(help="Knowledge distillation of text recognisers: train, use, compare.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 @contextmanager
 def one_line_errors():

@@ -1,0 +1,171 @@
+"A teacher's answers on disk: torn, shared, of another kind; and a training that cannot tell the difference"
+import json, random
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.basics import DataLoader, DataLoaders, set_seed
+from fastai.callback.all import ProgressCallback
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from distillbook.cache import Answers, CachedNet, digest
+from distillbook.core import UserError
+from distillbook.learner import distill_learner
+from distillbook.losses import distance, kd
+from distillbook.terms import Term
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore')
+class Counting(nn.Sequential):
+    asked = 0
+    def forward(self, x):
+        self.asked += len(x)
+        return super().forward(x)
+
+@pytest.fixture
+def x(): return torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Counting(nn.Linear(4,5), nn.ReLU(), nn.Linear(5,3)).eval()
+def rows(n, width=3, seed=0): return np.random.default_rng(seed).standard_normal((n, width), dtype='f4')
+def keys(n, start=0): return [digest(torch.tensor([float(i)])) for i in range(start, start+n)]
+
+# ---- keys
+
+def test_keys_tell_numbers_shape_and_type_apart():
+    a = torch.arange(4.)
+    others = [a+1, a.view(2,2), a.view(1,4), a.double(), a.int(), a.half(), a.bool(), torch.zeros(4), torch.zeros(0), torch.zeros(0,4), torch.tensor(0.)]
+    assert len({digest(o) for o in [a, *others]})==1+len(others) and all(len(digest(o))==16 for o in others)
+    assert digest(a)==digest(a.clone())==digest(torch.stack([a,a],1)[:,0])==digest(a.clone().requires_grad_())
+    assert digest(a)!=digest(a.view(torch.int32))
+
+def test_a_key_for_bfloat16(): assert len(digest(torch.zeros(4, dtype=torch.bfloat16)))==16
+
+# ---- the file
+
+def test_cut_anywhere(tmp_path):
+    f = tmp_path/'a.bin'
+    a,ks,vs = Answers(f, 'A'),keys(4),rows(4)
+    for k,v in zip(ks, vs): a.add([k], v[None])
+    whole,item = f.read_bytes(),16+12
+    head = len(whole)-4*item
+    for n in range(len(whole)+1):
+        f.write_bytes(whole[:n])
+        a = Answers(f, 'A')
+        left = max(0, n-head)//item
+        assert set(a.rows)==set(ks[:left]) and all((a.rows[k]==v).all() for k,v in zip(ks[:left], vs))
+        a.add(ks[left:] or keys(1,99), vs[left:] if left<4 else rows(1))
+        again = Answers(f, 'A')
+        assert all((again.rows[k]==v).all() for k,v in zip(ks, vs)) and set(again.rows)==set(a.rows)
+
+def test_the_head_alone_without_its_newline(tmp_path):
+    f = tmp_path/'a.bin'
+    Answers(f, 'A').add(keys(2), rows(2))
+    f.write_bytes(f.read_bytes().split(b'\n')[0])
+    Answers(f, 'A').add(keys(2), rows(2))
+    assert set(Answers(f, 'A').rows)==set(keys(2))
+
+def test_about_another_teacher(tmp_path):
+    f = tmp_path/'a.bin'
+    Answers(f, 'A').add(keys(2), rows(2))
+    b = Answers(f, 'B')
+    assert not b.rows and Answers(f, 'A').rows
+    b.add(keys(1), rows(1, width=7))
+    assert not Answers(f, 'A').rows and len(Answers(f, 'B').rows)==1
+
+@pytest.mark.parametrize('content', [b'[]\n', b'1\n', b'"about"\n', b'{"about": ""}\n', b'{"about": "", "dtype": "O", "shape": [1]}\n', b'{"about": "", "dtype": "f4", "shape": "x"}\n', b'\xff\xfe\n', b'\n'])
+def test_a_file_with_a_strange_head(content, tmp_path):
+    f = tmp_path/'a.bin'
+    f.write_bytes(content+b'0'*100)
+    assert not Answers(f).rows
+
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
+    f = tmp_path/'weights.pth'
+    torch.save(dict(w=torch.zeros(3)), f)
+    was = f.read_bytes()
+    with pytest.raises(UserError): Answers(f, 'A').add(keys(1), rows(1))
+    assert f.read_bytes()==was
+
+def test_another_shape_or_type(tmp_path):
+    a = Answers(tmp_path/'a.bin')
+    a.add(keys(1), rows(1))
+    for later in (a, Answers(tmp_path/'a.bin')):
+        with pytest.raises(UserError, match=r'answers of shape \[3\], not \[4\]'): later.add(keys(1,5), rows(1, width=4))
+    a.add(keys(1,7), rows(1).astype('f8'))
+    assert Answers(tmp_path/'a.bin').rows[keys(1,7)[0]].dtype=='f4'
+
+@pytest.mark.parametrize('shape', ((), (3,), (2,3), (0,)))
+def test_answers_of_every_shape(shape, tmp_path):
+    a = Answers(tmp_path/'a.bin')
+    a.add(keys(2), np.full((2,*shape), 7, 'f4'))
+    got = Answers(tmp_path/'a.bin').rows
+    assert all(np.shape(got[k])==shape for k in keys(2))
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path/'plain').write_text('')
+    with pytest.raises(UserError): Answers(tmp_path/'plain'/'a.bin').add(keys(1), rows(1))
+
+# ---- the net
+
+def test_two_nets_on_one_file(net, x, tmp_path):
+    a,b = (CachedNet(net, tmp_path/'c.bin', 'n').eval() for _ in range(2))
+    want = net(x).detach()
+    for c,part in ((a, slice(0,4)), (b, slice(2,8)), (a, slice(6,12)), (b, slice(0,12))): torch.testing.assert_close(c(x[part]), want[part])
+    later = CachedNet(net, tmp_path/'c.bin', 'n').eval()
+    torch.testing.assert_close(later(x), want)
+    assert len(later.answers.rows)==12
+
+def test_two_nets_on_one_new_file_lose_nothing(net, x, tmp_path):
+    a,b = (CachedNet(net, tmp_path/'c.bin', 'n').eval() for _ in range(2))
+    a(x[:6]), b(x[6:])
+    assert len(Answers(tmp_path/'c.bin', 'n').rows)==12
+
+def test_the_same_picture_twice_in_a_batch(net, x, tmp_path):
+    c = CachedNet(net, tmp_path/'c.bin').eval()
+    twice = x[[0,1,0,2,2,0]]
+    torch.testing.assert_close(c(twice), net(twice).detach())
+    torch.testing.assert_close(CachedNet(net, tmp_path/'c.bin').eval()(twice), net(twice).detach())
+
+def test_the_same_picture_twice_in_a_batch_is_asked_once(net, x, tmp_path):
+    c = CachedNet(net, tmp_path/'c.bin').eval()
+    net.asked = 0
+    c(x[[0,1,0,2,2,0]])
+    assert net.asked==3
+
+def test_refuses_training(net, x, tmp_path):
+    c = CachedNet(net, tmp_path/'c.bin')
+    with pytest.raises(UserError, match='frozen'): c.train()(x)
+    assert not c.eval()(x).requires_grad
+
+def test_not_frozen_in_a_learner(net, tmp_path):
+    with pytest.raises(UserError, match='frozen'): made(CachedNet(net, tmp_path/'c.bin'), frozen=())
+
+def made(teacher, frozen='Teacher', terms=None):
+    set_seed(0)
+    x = torch.randn(64,4)
+    ds = TensorDataset(x, (x[:,0]>0).long())
+    student = nn.Sequential(nn.Linear(4,6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), nn.Linear(6,3))
+    learn = distill_learner(DataLoaders(DataLoader(ds, bs=16, shuffle=True), DataLoader(ds, bs=32)), dict(Teacher=teacher, Student=student), terms or [Term(F.cross_entropy,'Student'), Term(kd,'Student','Teacher')], frozen=frozen)
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    learn.logger = lambda *_: None
+    return learn
+
+def test_the_same_training_as_without(net, tmp_path):
+    def trained(teacher):
+        learn = made(teacher)
+        learn.fit_one_cycle(3, 1e-2)
+        return learn.net('Student').state_dict(),learn.parts()
+    runs = [trained(t) for t in (net, CachedNet(net, tmp_path/'c.bin', 'n'), CachedNet(net, tmp_path/'c.bin', 'n'))]
+    net.asked = 0
+    runs.append(trained(CachedNet(net, tmp_path/'c.bin', 'n')))
+    assert net.asked==0
+    for s,p in runs[1:]:
+        for k,v in s.items(): torch.testing.assert_close(v, runs[0][0][k], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(p, runs[0][1], rtol=1e-4)
+
+def test_the_teachers_weights_are_in_the_state_under_its_name(net, tmp_path):
+    learn = made(CachedNet(net, tmp_path/'c.bin'))
+    assert 'Teacher.net.0.weight' in learn.model.state_dict()
+
+def test_a_tap_inside_a_cached_teacher_is_refused_clearly(net, tmp_path):
+    with pytest.raises(UserError, match=r'Teacher\.net\.1.*(never|not) (ran|run|called)'):
+        made(CachedNet(net, tmp_path/'c.bin'), terms=[Term(distance,'Student.2','Teacher.net.1')])
