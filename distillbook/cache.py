@@ -19,12 +19,14 @@ def digest(
     x:Tensor, # One input
 )->bytes: # 16 bytes
     "A key for a tensor: the same numbers, shape and type give the same key"
-    a = x.detach().cpu().contiguous().numpy()
-    return hashlib.blake2b(a.data, digest_size=16, person=f'{a.dtype.str}{a.ndim}'.encode(), salt=hashlib.blake2b(repr(a.shape).encode(), digest_size=16).digest()).digest()
+    h = hashlib.blake2b(f'{x.dtype} {list(x.shape)}'.encode(), digest_size=16)
+    h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.digest()
 
 # %% ../nbs/learning/06_cache.ipynb #81f7347d
 class Answers:
     "Arrays of one shape under 16-byte keys, in memory and in a file that is only ever appended to"
+    mark = b'distillbook answers '
     def __init__(self,
         path, # The file; made when the first answers come
         about:str='', # What made the answers; a file about something else is started anew
@@ -34,17 +36,23 @@ class Answers:
 
     def _read(self):
         with open(self.path, 'rb') as f:
-            try: head = json.loads(f.readline())
-            except ValueError: head = {}
-            if head.get('about') != self.about: return
-            self.dtype = np.dtype([('key','V16'), ('answer',head['dtype'],tuple(head['shape']))])
+            line = f.readline()
+            if not line.endswith(b'\n') and self.mark.startswith(line[:len(self.mark)]): return
+            if not line.startswith(self.mark): raise UserError(f"{self.path} is not a file of answers; it is left as it is")
+            try:
+                head = json.loads(line[len(self.mark):])
+                if head['about'] != self.about: return
+                dtype = np.dtype([('key','V16'), ('answer',np.dtype(head['dtype']),tuple(head['shape']))])
+                if dtype.hasobject: raise ValueError
+            except (ValueError, TypeError, KeyError): raise UserError(f"{self.path} has a first line that cannot be read; it is left as it is") from None
+            self.dtype = dtype
             start = f.tell()
             whole = (self.path.stat().st_size-start)//self.dtype.itemsize
             recs = np.fromfile(f, self.dtype, whole)
         end = start+whole*self.dtype.itemsize
         if self.path.stat().st_size>end:
             with open(self.path, 'r+b') as f: f.truncate(end)
-        self.rows = {k.tobytes(): a for k,a in zip(recs['key'], recs['answer'])}
+        self.rows.update((k.tobytes(), a) for k,a in zip(recs['key'], recs['answer']))
 
     def add(self,
         keys, # 16 bytes each
@@ -52,14 +60,16 @@ class Answers:
     ):
         "Keep answers, and write them"
         new,mode = b'','ab'
+        if self.dtype is None and self.path.exists(): self._read()
         if self.dtype is None:
             self.dtype = np.dtype([('key','V16'), ('answer',answers.dtype.str,answers.shape[1:])])
-            new,mode = json.dumps(dict(about=self.about, dtype=answers.dtype.str, shape=answers.shape[1:])).encode()+b'\n','wb'
+            head = dict(about=self.about, dtype=answers.dtype.str, shape=answers.shape[1:])
+            new,mode = self.mark+json.dumps(head).encode()+b'\n','wb'
         if answers.shape[1:]!=self.dtype['answer'].shape: raise UserError(f"{self.path} keeps answers of shape {list(self.dtype['answer'].shape)}, not {list(answers.shape[1:])}")
         recs = np.zeros(len(keys), self.dtype)
         recs['key'],recs['answer'] = np.frombuffer(b''.join(keys), 'V16'),answers
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, mode) as f: f.write(new+recs.tobytes())
         except OSError as e: raise UserError(f"{self.path} could not be written: {e.strerror}") from e
         self.rows.update(zip(keys, recs['answer']))
@@ -79,6 +89,6 @@ class CachedNet(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         if self.training: raise UserError("a CachedNet must be frozen: put its name into `frozen`")
         keys,rows = [digest(o) for o in x],self.answers.rows
-        new = [i for i,k in enumerate(keys) if k not in rows]
-        if new: self.answers.add([keys[i] for i in new], self.net(x[new]).float().cpu().numpy())
+        new = {k: i for i,k in enumerate(keys) if k not in rows}
+        if new: self.answers.add(list(new), self.net(x[list(new.values())]).float().cpu().numpy())
         return torch.from_numpy(np.stack([rows[k] for k in keys])).to(x.device)

@@ -35,7 +35,7 @@ def load_file(
     "What `save_file` wrote; weights only, so that a stranger's file can do no harm"
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise UserError(f"there is no {path}") from None
-    except Exception as e: raise UserError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
+    except Exception as e: raise UserError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 # %% ../nbs/learning/05_checkpoint.ipynb #7349def1
 def run_state(
@@ -64,39 +64,41 @@ class Stopped(UserError): "Training was asked to stop, and its state was saved"
 
 class Checkpoint(Callback):
     "Keeps `best.pth` and `last.pth` in a folder"
-    order = 61
+    order,only_in_fit = 61,True
     def __init__(self,
         folder, # Where the files go
-    ): self.folder,self.best,self.asked = Path(folder),None,None
+    ): self.folder,self.best,self.asked,self.old = Path(folder),None,None,{}
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        self.old = {}
+        self.run,self.asked = not hasattr(self.learn, 'lr_finder'),None
         if self.run and threading.current_thread() is threading.main_thread():
             self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, sig, frame=None):
         "Stop after this batch"
         self.asked = signal.Signals(sig).name
-        self.restore()
+        self.cleanup()
 
-    def restore(self):
+    def cleanup(self):
         "Give the signals back to whoever had them"
         for s,h in self.old.items(): signal.signal(s, h)
         self.old = {}
 
     def after_batch(self):
-        if self.asked and self.training:
-            self.save_last()
-            raise Stopped(f"stopped by {self.asked} in epoch {self.epoch}, batch {self.iter}; {self.folder/'last.pth'} holds the state")
+        if self.asked and self.training: self.stop(f'in epoch {self.epoch+1} of {self.n_epoch}, after batch {self.iter+1} of {self.n_iter}', self.iter)
 
     def after_epoch(self):
         if self.learn.monitor: self.save_best()
+        if self.asked: self.stop(f'after epoch {self.epoch+1} of {self.n_epoch}')
         self.save_last()
 
-    def after_fit(self): self.restore()
+    def stop(self, when, batch=None):
+        self.save_last(batch)
+        raise Stopped(f"stopped by {self.asked} {when}; {self.folder/'last.pth'} holds the state")
 
-    def save_last(self): save_file(run_state(self.learn, batch=self.iter, best=self.best), self.folder/'last.pth')
+    def save_last(self,
+        batch:int=None, # The last one done, from 0, if the epoch is not whole
+    ): save_file(run_state(self.learn, batch=batch, best=self.best), self.folder/'last.pth')
 
 # %% ../nbs/learning/05_checkpoint.ipynb #a1f51c53
 @patch
@@ -104,11 +106,11 @@ def save_best(self:Checkpoint):
     "`best.pth`, if the monitor has not been better before"
     monitor,rec = self.learn.monitor,self.learn.recorder
     value = float(rec.values[-1][rec.metric_names[1:].index(monitor)])
-    if math.isnan(value): return
-    better = (lambda a,b: a<=b) if 'loss' in monitor else (lambda a,b: a>=b)
-    if self.best is not None and not better(value, self.best): return
+    column = next((m for m in self.learn.metrics if m.name==monitor), None)
+    name,what = (column.net,column.what) if column else (None,monitor)
+    sign = -1 if 'loss' in what or 'error' in what else 1
+    if math.isnan(value) or (self.best is not None and sign*value < sign*self.best): return
     self.best = value
-    nets = get_model(self.learn.model)
-    name = next((n for n in sorted(nets.names, key=len, reverse=True) if monitor.startswith(f'{n}_')), None)
-    net = nets[name] if name else nets
+    net = get_model(self.learn.model)
+    if name: net = net[name]
     save_file(dict(model=net.state_dict(), net=name, monitor=monitor, value=value, epoch=self.epoch), self.folder/'best.pth')

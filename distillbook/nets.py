@@ -24,8 +24,10 @@ class Nets(nn.Module):
         frozen=(), # Names of those that only teach
     ):
         super().__init__()
-        self.names, self.frozen, self.taps, self.tapped = list(nets), {}, {}, []
+        if not isinstance(nets, dict) or not nets: raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
+        self.names,self.frozen,self.taps,self.tapped = list(nets),set(),{},[]
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
+        self.unfreeze(*(n for n in nets if n not in frozen))
         self.freeze(*frozen)
 
     def __getitem__(self, name:str)->nn.Module:
@@ -48,23 +50,25 @@ class Nets(nn.Module):
     def _run(self, name, xb):
         net = self._modules[name]
         if name not in self.frozen: return net(*xb)
-        if net.training: net.eval()
+        if any(m.training for m in net.modules()): net.eval()
         with torch.no_grad(): return net(*xb)
 
     @contextmanager
     def _tapping(self):
-        def keep(address, module, args, out): self.taps[address] = out
+        def keep(address, module, args, out): self.taps[address] = out.clone() if isinstance(out, Tensor) else out
         with ExitStack() as hooks:
             for address in self.tapped:
                 name,_,path = address.partition('.')
                 hooks.callback(self[name].get_submodule(path).register_forward_hook(partial(keep, address)).remove)
             yield
 
+    def __getstate__(self): return {**self.__dict__, 'taps': {}}
+
 # %% ../nbs/learning/02_nets.ipynb #93550cc6
 def _checked(name, net, nets):
     if not isinstance(net, nn.Module): raise UserError(f"net {name!r} is a {type(net).__name__}, not an nn.Module")
-    if not name or '.' in name or name.startswith('_'):
-        raise UserError(f"net name {name!r}: a name has at least one character, no dot, and no underscore at its start")
+    if not isinstance(name, str) or not name or '.' in name or name.startswith('_'):
+        raise UserError(f"net name {name!r}: a name is text, has no dot, and no underscore at its start")
     twin = [n for n,o in nets.items() if o is net and n!=name]
     if twin: raise UserError(f"{name!r} and {twin[0]!r} are one and the same network; give one of them a copy.deepcopy")
     return net
@@ -73,21 +77,31 @@ def _checked(name, net, nets):
 @patch
 def freeze(self:Nets, *names):
     "Freeze networks by name: eval mode, no gradients, no graph"
+    for n in names: self[n]
+    self.frozen.update(names)
     for n in names:
-        net = self[n]
-        if n in self.frozen: continue
-        self.frozen[n] = [p for p in net.parameters() if p.requires_grad]
-        for p in self.frozen[n]:
+        net = self[n].eval()
+        net.__dict__.setdefault('_trainable', [p for p in net.parameters() if p.requires_grad])
+        for p in net._trainable:
             p.requires_grad_(False)
             p.grad = None
-        net.eval()
+    _not_shared(self)
 
 @patch
 def unfreeze(self:Nets, *names):
     "Make frozen networks trainable again, as they were before"
+    for n in names: self[n]
+    self.frozen.difference_update(names)
     for n in names:
-        self[n].train(self.training)
-        for p in self.frozen.pop(n, []): p.requires_grad_(True)
+        net = self[n].train(self.training)
+        for p in net.__dict__.pop('_trainable', []): p.requires_grad_(True)
+    _not_shared(self)
+
+def _not_shared(self:Nets):
+    still = {id(m): n for n in self.frozen for m in self[n].modules() if [*m.parameters(False), *m.buffers(False)]}
+    for n in self.names:
+        both = [p for p,m in self[n].named_modules() if id(m) in still] if n not in self.frozen else []
+        if both: raise UserError(f"{n!r} trains and shares its layer {both[0]!r} with a frozen net; give one of them a copy.deepcopy")
 
 # %% ../nbs/learning/02_nets.ipynb #6a739ede
 def look_up(
@@ -98,7 +112,7 @@ def look_up(
     name,*path = address.split('.')
     o = outs[name]
     for p in path:
-        if isinstance(o, dict): o = o[p]
+        if isinstance(o, dict): o = {str(k): v for k,v in o.items()}[p]
         elif isinstance(o, (tuple,list)) and p.isdigit() and int(p)<len(o): o = o[int(p)]
         else: raise KeyError(address)
     return o
@@ -109,7 +123,7 @@ def addresses(
     prefix='', # Where `o` stands
 )->list: # Of every address, inner ones too
     "All addresses into some outputs"
-    if isinstance(o, dict): items = o.items()
+    if isinstance(o, dict): items = [(k,v) for k,v in o.items() if '.' not in str(k)]
     elif isinstance(o, (tuple,list)): items = enumerate(o)
     else: return [prefix]
     inner = [a for k,v in items for a in addresses(v, f'{prefix}.{k}' if prefix else str(k))]
@@ -117,16 +131,31 @@ def addresses(
 
 # %% ../nbs/learning/02_nets.ipynb #a6f198c1
 @patch
-def find(self:Nets, address:str, outs:dict):
-    "What `address` names in `outs` or `taps`; an inner module not yet tapped is tapped from the next batch on"
-    if address in self.taps: return self.taps[address]
+def is_output(self:Nets,
+    address:str, # Of an output or of an inner module
+    outs:dict, # What a batch gave
+)->bool: # Otherwise it is a module
+    "Whether `address` is among the outputs; `UserError` if it is in neither place"
     name = address.partition('.')[0]
     if name not in self.names: raise unknown('net', name, self.names, f'address {address!r}')
-    try: return look_up(outs, address)
-    except KeyError: pass
-    modules = [f'{name}.{n}' for n,_ in self[name].named_modules() if n]
-    if address not in modules: raise unknown('output or module', address, addresses({name: outs[name]}) + modules)
-    if address not in self.tapped: self.tapped.append(address)
+    try: look_up(outs, address)
+    except KeyError:
+        modules = [f'{name}.{n}' for n,_ in self[name].named_modules() if n]
+        if address in modules: return False
+        raise unknown('output or module', address, addresses({name: outs[name]}) + modules) from None
+    return True
+
+@patch
+def tap(self:Nets, address:str, outs:dict):
+    "Tap `address` from the next batch on, unless it is among the outputs already"
+    if not self.is_output(address, outs) and address not in self.tapped: self.tapped.append(address)
+
+@patch
+def find(self:Nets, address:str, outs:dict):
+    "What stands at `address` in the taps or in the outputs of a batch"
+    if address in self.taps: return self.taps[address]
+    if not self.is_output(address, outs): raise UserError(f"the module {address} did not run in this batch")
+    return look_up(outs, address)
 
 # %% ../nbs/learning/02_nets.ipynb #1011e8d5
 class Projector(nn.Module):
@@ -137,21 +166,21 @@ class Projector(nn.Module):
     ):
         super().__init__()
         if len(src)!=len(dst) or len(src) not in (2,3,4):
-            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], [N,T,C] or [N,C,H,W]")
-        self.size = tuple(dst[2:] if len(dst)==4 else dst[1:-1])
+            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], [N,T,C] or [N,C,H,W] (a loss that takes differing shapes says so with shapes='any')")
         c_in,c_out = (src[1],dst[1]) if len(src)==4 else (src[-1],dst[-1])
         if c_in==c_out: self.channels = nn.Identity()
         else: self.channels = nn.Conv2d(c_in, c_out, 1) if len(src)==4 else nn.Linear(c_in, c_out)
 
-    def forward(self, x):
+    def forward(self, x, like):
         x = self.channels(x)
         if x.ndim==2: return x
-        if x.ndim==3: return self.resize(x.mT, F.adaptive_avg_pool1d, 'linear').mT
-        return self.resize(x, F.adaptive_avg_pool2d, 'bilinear')
+        if x.ndim==3: return self.resize(x.mT, like.shape[1:2], F.adaptive_avg_pool1d, 'linear').mT
+        return self.resize(x, like.shape[2:], F.adaptive_avg_pool2d, 'bilinear')
 
-    def resize(self, x, pool, mode):
-        if all(a>=b for a,b in zip(x.shape[2:], self.size)): return pool(x, self.size)
-        return F.interpolate(x, self.size, mode=mode, align_corners=False)
+    def resize(self, x, size, pool, mode):
+        if x.shape[2:]==size: return x
+        if all(a>=b for a,b in zip(x.shape[2:], size)): return pool(x, size)
+        return F.interpolate(x, size, mode=mode, align_corners=False)
 
 # %% ../nbs/learning/02_nets.ipynb #e754d86d
 @patch
@@ -161,7 +190,7 @@ def add_projector(self:Nets, name:str, src, dst):
     self._modules['_projectors']._modules[name] = Projector(src, dst)
 
 @patch
-def project(self:Nets, name:str, x:Tensor):
-    "`x` through the projector called `name`, or `x` itself where there is none"
+def project(self:Nets, name:str, x:Tensor, like:Tensor):
+    "`x` in the shape of `like` by the projector called `name`, or `x` itself where there is none"
     ps = self._modules['_projectors']._modules if '_projectors' in self._modules else {}
-    return ps[name](x) if name in ps else x
+    return ps[name](x, like) if name in ps else x

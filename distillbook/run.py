@@ -92,14 +92,13 @@ def get_terms(cfg, nets):
 # %% ../nbs/practice/02_run.ipynb #65995856
 class ShowProgress(Callback):
     "A rich progress bar with the terms' losses and the time left, and a row of metrics per epoch"
-    order = 65
+    order,only_in_fit = 65,True
     def __init__(self,
         console, # `rich.console.Console`
-    ): self.console = console
+    ): self.console,self.bar = console,None
 
     def before_fit(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        self.run = not hasattr(self.learn, 'gather_preds')
         self.bar = Progress(TextColumn('epoch {task.fields[epoch]}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(),
                             TextColumn('{task.fields[losses]}'), console=self.console, disable=not self.console.is_terminal)
         self.task,self.shown,self.since = self.bar.add_task('', total=self.n_epoch*len(self.dls.train), epoch='1', losses=''),0.,time.time()
@@ -121,12 +120,13 @@ class ShowProgress(Callback):
     def after_epoch(self):
         self.print(self.epoch+1, *map(float, self.learn.recorder.values[-1]), round(time.time()-self.since))
 
-    def after_fit(self): self.bar.stop()
+    def cleanup(self):
+        if self.bar: self.bar.stop()
 
 # %% ../nbs/practice/02_run.ipynb #070c0749
 class MetricsCSV(Callback):
     "`metrics.csv`: a row per epoch, with every term's mean over the epoch's steps"
-    order = 62
+    order,only_in_fit = 62,True
     def __init__(self, path): self.path = Path(path)
 
     def before_fit(self): self.rows,self.since = [],time.time()
@@ -276,11 +276,7 @@ def train(
     set_seed(g['seed'])
     nets = get_nets(cfg, alphabet, teacher)
     learn = make_learner(cfg, sets, nets, [Checkpoint(folder), MetricsCSV(folder/'metrics.csv'), ShowProgress(console)])
-    try:
-        with timed(seconds, 'train'): learn.fit_one_cycle(g['epoch_num'])
-    finally:
-        learn.checkpoint.restore()
-        learn.show_progress.bar.stop()
+    with timed(seconds, 'train'): learn.fit_one_cycle(g['epoch_num'])
     with timed(seconds, 'judge'): scores,reads = judge(nets, sets, alphabet)
     summary = _summary(cfg, learn, nets, sets, scores, seconds)
     with write_beside(folder/'summary.json') as tmp: tmp.write_text(json.dumps(summary, indent=1))

@@ -8,8 +8,10 @@ Docs: https://distillbook.github.io/distillbook/learning/terms.html.md"""
 __all__ = ['Term', 'Terms', 'dry_run']
 
 # %% ../nbs/learning/03_terms.ipynb #bf0b97d9
-import inspect
+import copy, inspect
 from contextlib import contextmanager
+from itertools import chain, count
+from numbers import Real
 from functools import partial
 import torch
 from torch import nn, Tensor
@@ -30,11 +32,12 @@ class Term:
         if not callable(fn): raise UserError(f"a term's loss must be a function, not {fn!r}")
         if not addresses or not all(isinstance(a, str) for a in addresses):
             raise UserError(f"a term needs the addresses of its outputs as strings, e.g. Term(kd, 'Student', 'Teacher'); got {addresses}")
-        if not callable(weight) and not isinstance(weight, (int,float)):
+        if not callable(weight) and not isinstance(weight, Real):
             raise UserError(f"a term's weight is a number or a function of progress, not {weight!r}")
         self.fn,self.addresses,self.weight,self.named = fn,addresses,weight,name is not None
         self.name = name or '_'.join([_fn_name(fn), *(a.partition('.')[0] for a in addresses)])
-        self.wants_targets = 'targets' in _params(fn)
+        self.wants_targets = 'targets' in _params(fn) and 'targets' not in getattr(fn, 'keywords', {})
+        if isinstance(fn, nn.Module) and list(fn.parameters()): raise UserError(f"term {self.name!r}: its loss has parameters, which no optimiser would see; make it a net of its own")
 
     def __call__(self, *outs, targets=()):
         "The unweighted loss"
@@ -73,31 +76,37 @@ class Terms:
     def inputs(self, t:Term, outs:dict)->list:
         "What stands at the term's addresses, the first of them projected where a projector was made"
         first,*rest = [self.nets.find(a, outs) for a in t.addresses]
-        return [self.nets.project(t.name, first), *rest]
+        return [self.nets.project(t.name, first, rest[0]), *rest] if rest else [first]
 
     def __repr__(self): return '\n'.join(map(repr, self.terms))
 
 # %% ../nbs/learning/03_terms.ipynb #23f58665
 def _distinct(terms):
-    terms,seen = list(terms),{}
+    terms = [terms] if isinstance(terms, Term) else list(terms)
+    if not terms: raise UserError("no terms: there is nothing to learn from")
     for t in terms:
         if not isinstance(t, Term): raise UserError(f"terms must be Term objects, not {t!r}")
-        if t.name in seen and t.named: raise UserError(f"two terms are called {t.name!r}; their parts could not be told apart")
-        if t.name in seen: t.name = f'{t.name}_{sum(n.startswith(t.name) for n in seen)}'
-        seen[t.name] = t
-    if not terms: raise UserError("no terms: there is nothing to learn from")
-    return terms
+    given = [t.name for t in terms if t.named]
+    for n in given:
+        if given.count(n)>1: raise UserError(f"two terms are called {n!r}; their parts could not be told apart")
+    taken,res = set(given),[copy.copy(t) for t in terms]
+    for t in res:
+        if t.named: continue
+        t.name = next(n for n in chain([t.name], (f'{t.name}_{i}' for i in count(1))) if n not in taken)
+        taken.add(t.name)
+    return res
 
 # %% ../nbs/learning/03_terms.ipynb #64e5cc3d
 @contextmanager
 def dry_run(nets:Nets):
     "Run `nets` without trace: buffers, mode and random states are afterwards what they were"
-    kept,mode = [b.clone() for b in nets.buffers()],nets.training
+    kept,mode = {k: b.clone() for k,b in nets.named_buffers()},nets.training
     try:
         with no_random(), torch.no_grad(): yield
     finally:
         with torch.no_grad():
-            for b,k in zip(nets.buffers(), kept): b.copy_(k)
+            for k,b in nets.named_buffers():
+                if k in kept: b.copy_(kept[k])
         nets.train(mode)
 
 # %% ../nbs/learning/03_terms.ipynb #1b501e04
@@ -107,14 +116,16 @@ def connect(self:Terms,
     yb=(), # The targets, a tuple
 )->dict: # What the networks gave in evaluation mode
     "Try all terms on one batch: tap, project, and fail now on what would fail later"
+    if set(self.nets.frozen)!=set(self.nets.names) and not any(a.partition('.')[0] not in self.nets.frozen for t in self.terms for a in t.addresses):
+        raise UserError(f"all terms are about frozen nets ({', '.join(sorted(self.nets.frozen))}), so nothing would learn")
     with dry_run(self.nets):
         outs = self.nets.train()(*xb)
         for t in self.terms:
-            for a in t.addresses: self.nets.find(a, outs)
+            for a in t.addresses: self.nets.tap(a, outs)
         outs = self.nets(*xb) if self.nets.tapped else outs
-        for t in self.terms:
-            self._bridge(t, outs)
-            self._try(t, outs, yb)
+    for t in self.terms: self._bridge(t, outs)
+    with dry_run(self.nets):
+        for t in self.terms: self._try(t, outs, yb)
         outs = self.nets.eval()(*xb)
         self.train_only = {t.name for t in self.terms if not all(self._has(a, outs) for a in t.addresses)}
     return outs
@@ -132,7 +143,7 @@ def _bridge(self:Terms, t, outs):
     rule = getattr(t.fn.func if isinstance(t.fn, partial) else t.fn, 'shapes', None)
     if rule=='any' or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape==b.shape: return
     if rule=='same': raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} but {t.addresses[1]} {list(b.shape)}")
-    self.nets.add_projector(t.name, a.shape, b.shape)
+    with torch.random.fork_rng(): self.nets.add_projector(t.name, a.shape, b.shape)
     self.nets.to(a.device)
 
 @patch

@@ -48,7 +48,7 @@ def test_cut_anywhere(tmp_path):
     for k,v in zip(ks, vs): a.add([k], v[None])
     whole,item = f.read_bytes(),16+12
     head = len(whole)-4*item
-    for n in range(len(whole)+1):
+    for n in [*range(head-1), *range(head, len(whole)+1)]:
         f.write_bytes(whole[:n])
         a = Answers(f, 'A')
         left = max(0, n-head)//item
@@ -72,11 +72,13 @@ def test_about_another_teacher(tmp_path):
     b.add(keys(1), rows(1, width=7))
     assert not Answers(f, 'A').rows and len(Answers(f, 'B').rows)==1
 
-@pytest.mark.parametrize('content', [b'[]\n', b'1\n', b'"about"\n', b'{"about": ""}\n', b'{"about": "", "dtype": "O", "shape": [1]}\n', b'{"about": "", "dtype": "f4", "shape": "x"}\n', b'\xff\xfe\n', b'\n'])
+@pytest.mark.parametrize('content', [*(pytest.param(c) for c in (b'[]\n', b'1\n', b'"about"\n', b'{"about": ""}\n', b'{"about": "", "dtype": "O", "shape": [1]}\n', b'{"about": "", "dtype": "f4", "shape": "x"}\n')), b'\xff\xfe\n', b'\n'])
 def test_a_file_with_a_strange_head(content, tmp_path):
     f = tmp_path/'a.bin'
     f.write_bytes(content+b'0'*100)
-    assert not Answers(f).rows
+    with pytest.raises(UserError, match='left as it is'): Answers(f)
+    f.write_bytes(Answers.mark+content+b'0'*100)
+    with pytest.raises(UserError, match='left as it is'): Answers(f)
 
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
     f = tmp_path/'weights.pth'
