@@ -8,7 +8,7 @@ Docs: https://distillbook.github.io/distillbook/practice/cli.html.md"""
 __all__ = ['app', 'console', 'one_line_errors', 'stop', 'train', 'predict', 'teachers']
 
 # %% ../nbs/practice/03_cli.ipynb #170e2d03
-import json, sys
+import json, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import typer
@@ -23,6 +23,7 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 @contextmanager
 def one_line_errors():
     "Bad input and ctrl-C end the program with a line and a status, not with a trace"
+    warnings.simplefilter('ignore', FutureWarning)
     try: yield
     except UserError as e: stop(e, 130 if type(e).__name__=='Stopped' else 2)
     except KeyboardInterrupt: stop('interrupted; what was finished is kept', 130)

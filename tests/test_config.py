@@ -25,7 +25,7 @@ def test_defaults_are_not_shared(tmp_path):
 
 
 def test_saved_config_gives_the_same_run(tmp_path):
-    cfg = load_config(write(tmp_path, 'Global: {seed: 3}'), ['Global.alphabet=äöü', 'Train.dataset.words=99'])
+    cfg = load_config(write(tmp_path, 'Global: {seed: 3}'), ['Global.alphabet=äöü', 'Train.dataset.words=999'])
     save_config(cfg, tmp_path/'out.yml')
     assert load_config(tmp_path/'out.yml') == cfg
 
@@ -47,7 +47,7 @@ def test_saved_config_gives_the_same_run(tmp_path):
     ('Global: !!python/object/apply:os.system [echo]', 'not YAML'),
     ('a: &a [*a]', "no key 'a'"),
     ('Global: {alphabet: aab}', 'each character once'),
-    ('Train: {dataset: {words: 8}}', 'a batch of 32 is more than the 8 words'),
+    ('Train: {dataset: {words: 8}}', 'a batch of 128 is more than the 8 words'),
 ])
 def test_mistakes(tmp_path, text, says):
     with pytest.raises(UserError) as e: load_config(write(tmp_path, text))

