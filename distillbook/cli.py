@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from .core import UserError
 
 # %% ../nbs/practice/03_cli.ipynb #302cc2a7
@@ -52,8 +53,8 @@ def train(
         summary = train(cfg, console)
         console.print(show_summary(summary))
         took = ', '.join(f'{k} {v:.0f}' for k,v in summary['seconds'].items())
-        console.print(f"Seconds: {took}. Everything is in {cfg['Global']['save_model_dir']}: try", highlight=False, soft_wrap=True)
-        console.print(f"  distillbook predict --run {cfg['Global']['save_model_dir']} IMAGE...", highlight=False, soft_wrap=True)
+        console.print(f"Seconds: {took}. Everything is in {cfg['Global']['save_model_dir']}: try", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"  distillbook predict --run {cfg['Global']['save_model_dir']} IMAGE...", highlight=False, soft_wrap=True, markup=False)
 
 # %% ../nbs/practice/03_cli.ipynb #c2788e63
 @app.command()
@@ -71,7 +72,7 @@ def predict(
         rows = predict(run, images)
         if as_json: return print(json.dumps(rows, ensure_ascii=False))
         t = Table('image', 'text', 'confidence')
-        for r in rows: t.add_row(r['image'], r['text'], f"{r['confidence']:.3f}")
+        for r in rows: t.add_row(Text(r['image']), Text(r['text']), f"{r['confidence']:.3f}")
         console.print(t)
 
 # %% ../nbs/practice/03_cli.ipynb #0de0c360

@@ -63,7 +63,7 @@ class DistillLearner(Learner):
         try: super().fit(n_epoch, lr, wd if wd is None else self._wds(wd), cbs, start_epoch=start_epoch)
         finally:
             for cb in self.cbs: getattr(cb, 'cleanup', noop)()
-            rec = vars(self.recorder)
+            rec = vars(getattr(self, 'recorder', SimpleNamespace()))
             if 'metric_names' in rec and not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.epochs = (rec['metric_names'][1:-1], rec['values'])
 
     def net(self, name:str)->nn.Module:

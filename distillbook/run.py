@@ -197,7 +197,7 @@ def plot_curves(
     a.set(yscale='log', title='terms')
     table = learn.table().filter(regex='_acc$')
     for n in table: b.plot(range(1, len(table)+1), table[n], marker='.', label=n.removesuffix('_acc'))
-    b.set(xlabel='epoch', ylabel='exact accuracy', ylim=(0,1), title='words to watch')
+    b.set(xlabel='epoch', ylabel='exact accuracy', ylim=(0,1), xticks=range(1, len(table)+1), title='words to watch')
     b.legend()
     return fig
 
@@ -288,7 +288,7 @@ def train(
 # %% ../nbs/practice/02_run.ipynb #cddaf3c2
 def _teacher_or_none(cfg, alphabet, console):
     try: return get_teacher(cfg, alphabet)
-    except TeacherUnavailable as e: console.print(f"No teacher ({e}): two students teach each other instead, by mutual learning (DML).", soft_wrap=True)
+    except TeacherUnavailable as e: console.print(f"No teacher ({e}): two students teach each other instead, by mutual learning (DML).", soft_wrap=True, markup=False)
 
 def _summary(cfg, learn, nets, sets, scores, seconds):
     plain = {n: net.net if isinstance(net, CachedNet) else net for n,net in nets.items()}
