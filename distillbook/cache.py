@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
+from fastcore.basics import patch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .core import UserError
 
@@ -56,25 +57,27 @@ class Answers:
             with open(self.path, 'r+b') as f: f.truncate(end)
         self.rows.update((k.tobytes(), a) for k,a in zip(recs['key'], recs['answer']))
 
-    def add(self,
-        keys, # 16 bytes each
-        answers:np.ndarray, # One row per key
-    ):
-        "Keep answers, and write them"
-        new,mode = b'','ab'
-        if self.dtype is None and self.path.exists(): self._read()
-        if self.dtype is None:
-            self.dtype = np.dtype([('key','V16'), ('answer',answers.dtype.str,answers.shape[1:])])
-            head = dict(about=self.about, dtype=answers.dtype.str, shape=answers.shape[1:])
-            new,mode = self.mark+json.dumps(head).encode()+b'\n','wb'
-        if answers.shape[1:]!=self.dtype['answer'].shape: raise UserError(f"{self.path} keeps answers of shape {list(self.dtype['answer'].shape)}, not {list(answers.shape[1:])}")
-        recs = np.zeros(len(keys), self.dtype)
-        recs['key'],recs['answer'] = np.frombuffer(b''.join(keys), 'V16'),answers
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, mode) as f: f.write(new+recs.tobytes())
-        except OSError as e: raise UserError(f"{self.path} could not be written: {e.strerror}") from e
-        self.rows.update(zip(keys, recs['answer']))
+# %% ../nbs/learning/06_cache.ipynb #71b90e22
+@patch
+def add(self:Answers,
+    keys, # 16 bytes each
+    answers:np.ndarray, # One row per key
+):
+    "Keep answers, and write them"
+    new,mode = b'','ab'
+    if self.dtype is None and self.path.exists(): self._read()
+    if self.dtype is None:
+        self.dtype = np.dtype([('key','V16'), ('answer',answers.dtype.str,answers.shape[1:])])
+        head = dict(about=self.about, dtype=answers.dtype.str, shape=answers.shape[1:])
+        new,mode = self.mark+json.dumps(head).encode()+b'\n','wb'
+    if answers.shape[1:]!=self.dtype['answer'].shape: raise UserError(f"{self.path} keeps answers of shape {list(self.dtype['answer'].shape)}, not {list(answers.shape[1:])}")
+    recs = np.zeros(len(keys), self.dtype)
+    recs['key'],recs['answer'] = np.frombuffer(b''.join(keys), 'V16'),answers
+    try:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, mode) as f: f.write(new+recs.tobytes())
+    except OSError as e: raise UserError(f"{self.path} could not be written: {e.strerror}") from e
+    self.rows.update(zip(keys, recs['answer']))
 
 # %% ../nbs/learning/06_cache.ipynb #84c9a49e
 class CachedNet(nn.Module):

@@ -41,29 +41,6 @@ class Nets(nn.Module):
         for name,m in self._modules.items(): m.train(mode and name not in self.frozen)
         return self
 
-    def forward(self, *xb)->dict:
-        "`{name: output}`"
-        xb = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in xb]
-        self.taps.clear()
-        with self._tapping(): return {n: self._run(n, xb) for n in self.names}
-
-    def _run(self, name, xb):
-        net = self._modules[name]
-        if name not in self.frozen: return net(*xb)
-        if any(m.training for m in net.modules()): net.eval()
-        with torch.no_grad(): return net(*xb)
-
-    @contextmanager
-    def _tapping(self):
-        def keep(address, module, args, out): self.taps[address] = out.clone() if isinstance(out, Tensor) else out
-        with ExitStack() as hooks:
-            for address in self.tapped:
-                name,_,path = address.partition('.')
-                hooks.callback(self[name].get_submodule(path).register_forward_hook(partial(keep, address)).remove)
-            yield
-
-    def __getstate__(self): return {**self.__dict__, 'taps': {}}
-
 # %% ../nbs/learning/02_nets.ipynb #93550cc6
 def _checked(name, net, nets):
     if not isinstance(net, nn.Module): raise UserError(f"net {name!r} is a {type(net).__name__}, not an nn.Module")
@@ -72,6 +49,35 @@ def _checked(name, net, nets):
     twin = [n for n,o in nets.items() if o is net and n!=name]
     if twin: raise UserError(f"{name!r} and {twin[0]!r} are one and the same network; give one of them a copy.deepcopy")
     return net
+
+# %% ../nbs/learning/02_nets.ipynb #84baf1d6
+@patch
+def forward(self:Nets, *xb)->dict:
+    "`{name: output}`"
+    xb = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in xb]
+    self.taps.clear()
+    with self._tapping(): return {n: self._run(n, xb) for n in self.names}
+
+@patch
+def _run(self:Nets, name, xb):
+    net = self._modules[name]
+    if name not in self.frozen: return net(*xb)
+    if any(m.training for m in net.modules()): net.eval()
+    with torch.no_grad(): return net(*xb)
+
+# %% ../nbs/learning/02_nets.ipynb #8453d07f
+@patch
+@contextmanager
+def _tapping(self:Nets):
+    def keep(address, module, args, out): self.taps[address] = out.clone() if isinstance(out, Tensor) else out
+    with ExitStack() as hooks:
+        for address in self.tapped:
+            name,_,path = address.partition('.')
+            hooks.callback(self[name].get_submodule(path).register_forward_hook(partial(keep, address)).remove)
+        yield
+
+@patch
+def __getstate__(self:Nets): return {**self.__dict__, 'taps': {}}
 
 # %% ../nbs/learning/02_nets.ipynb #f2a85596
 @patch
