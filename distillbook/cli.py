@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from .core import UserError
 
@@ -83,6 +83,6 @@ def teachers(as_json: bool = typer.Option(False, '--json', help='A JSON list ins
         from distillbook.weights import list_teachers
         rows = list_teachers()
         if as_json: return print(json.dumps(rows, default=str))
-        t = Table('name', 'what it is', 'package', 'licence', 'MB', 'here')
-        for r in rows: t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}", str(r['path']) if r['here'] else 'no: fetched when first used')
+        t = Table('name', 'what it is', 'package', 'licence', 'MB', Column('here', overflow='fold'))
+        for r in rows: t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}", Text(str(r['path'])) if r['here'] else 'no: fetched when first used')
         console.print(t)
