@@ -26,7 +26,7 @@ def save_file(
     buf = io.BytesIO()
     torch.save(state, buf)
     try:
-        with write_beside(path) as tmp, buf.getbuffer() as data: tmp.write_bytes(data)
+        with write_beside(path) as tmp: tmp.write_bytes(buf.getvalue())
     except OSError as e: raise UserError(f"{path} could not be written, what was there before is unchanged: {e.strerror}") from e
 
 def load_file(

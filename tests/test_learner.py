@@ -568,7 +568,7 @@ def test_parts_and_schedules():
     learn.fit(1, 1e-2)
     assert len(learn.parts())==n/3
 
-def test_the_recorder_asks_for_no_number_on_a_device():
+def test_the_recorder_asks_for_no_number_on_a_device(fake_cuda):
     "The recorder's part of a step on fake CUDA tensors, which raise when asked for a number"
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     learn = learner()
@@ -584,7 +584,7 @@ def test_the_recorder_asks_for_no_number_on_a_device():
         rec.before_validate()
         for _ in range(3): rec.after_loss()
 
-def test_a_whole_step_asks_for_no_number_on_a_device():
+def test_a_whole_step_asks_for_no_number_on_a_device(fake_cuda):
     "fastai's own recorder and loop are part of a step"
     from torch._subclasses.fake_tensor import FakeTensorMode
     learn = learner()

@@ -111,7 +111,7 @@ def test_changing_the_total_in_place_leaves_the_parts(xy):
     with torch.no_grad(): total /= 2
     assert float(loss.parts['cross_entropy_Student'])==was
 
-def test_no_part_leaves_the_device(xy):
+def test_no_part_leaves_the_device(fake_cuda, xy):
     "On fake CUDA tensors, which have no numbers, whatever asks for a number raises"
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device('cuda'):
