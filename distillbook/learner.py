@@ -19,7 +19,7 @@ from fastcore.foundation import L
 from fastai.basics import Learner, Callback, Metric, AvgSmoothLoss, ContextManagers, mk_metric, no_random, to_detach, get_model, detuplify, noop, Adam
 from fastai.callback.all import TrackerCallback, LRFinder
 from .core import UserError, unknown
-from .nets import Nets
+from .nets import Nets, Targets
 from .terms import Terms, dry_run
 
 # %% ../nbs/learning/04_learner.ipynb #46caade6
@@ -37,14 +37,16 @@ def param_groups(
     return res
 
 # %% ../nbs/learning/04_learner.ipynb #495127f2
+def _want_targets(nets): return any('targets' in nets.wants(n) for n in nets.names)
+
 class DistillLearner(Learner):
     "fastai's `Learner`, for the networks of a `Nets`"
-    epochs = None
+    epochs,grouping = None,staticmethod(param_groups)
     def _component_attr_filter(self, k): return super()._component_attr_filter(k) and k not in getattr(vars(self).get('model'), 'names', ())
 
     def create_opt(self):
         "An optimiser over the trainable networks"
-        self.groups = param_groups(get_model(self.model))
+        self.groups = self.grouping(get_model(self.model))
         if not self.groups: raise UserError(f"every net is frozen ({', '.join(get_model(self.model).names)}): there is nothing to train")
         flags,(self.wd_bn_bias,self.train_bn) = (self.wd_bn_bias,self.train_bn),(True,False)
         try: super().create_opt()
@@ -55,7 +57,7 @@ class DistillLearner(Learner):
     def _wds(self, wd):
         wds = L(wd, use_list=None)
         if len(wds)==1: wds = wds*len(self.groups)
-        return [w if decays or self.wd_bn_bias else 0. for w,(_,decays,_) in zip(wds, self.groups)]
+        return [own if not isinstance(own, bool) else w if own or self.wd_bn_bias else 0. for w,(_,own,_) in zip(wds, self.groups)]
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         if reset_opt or self.opt is None: self.create_opt()
@@ -65,6 +67,14 @@ class DistillLearner(Learner):
             for cb in self.cbs: getattr(cb, 'cleanup', noop)()
             rec = vars(getattr(self, 'recorder', SimpleNamespace()))
             if 'metric_names' in rec and not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.epochs = (rec['metric_names'][1:-1], rec['values'])
+
+    def _split(self, b):
+        super()._split(b)
+        if _want_targets(get_model(self.model)): self.xb = (*self.xb, Targets(self.yb))
+
+    def _do_epoch_train(self):
+        getattr(self.dls.train, 'set_epoch', noop)(self.epoch)
+        super()._do_epoch_train()
 
     def net(self, name:str)->nn.Module:
         "The network called `name`, as plain as it came"
@@ -99,7 +109,7 @@ def _refreeze(self:DistillLearner, what, names):
     nets = get_model(self.model)
     if not names: raise UserError(f"{what} which nets? There are: {', '.join(nets.names)}")
     getattr(nets, what)(*names)
-    if self.opt is None or not param_groups(nets): return setattr(self, 'opt', None)
+    if self.opt is None or not self.grouping(nets): return setattr(self, 'opt', None)
     old = getattr(self.opt, 'opt', self.opt).state
     self.create_opt()
     new = getattr(self.opt, 'opt', self.opt).state
@@ -263,7 +273,7 @@ class GatherPreds(Callback):
     order = 55
     def __init__(self, with_input=False): self.with_input,self.got = with_input,[]
     def after_batch(self):
-        kept = (*([detuplify(self.xb)] if self.with_input else []), self.pred, detuplify(self.yb) if len(self.yb) else None)
+        kept = (*([detuplify(tuple(o for o in self.xb if not isinstance(o, Targets)))] if self.with_input else []), self.pred, detuplify(self.yb) if len(self.yb) else None)
         self.got.append(walk(lambda o: o[0].detach().cpu() if isinstance(o[0], torch.Tensor) else o[0], [kept]))
 
 @patch
@@ -338,7 +348,7 @@ def _has_cuda(what):
     return torch.cuda.is_available()
 
 # %% ../nbs/learning/04_learner.ipynb #627aacc9
-def _first_batch(dls):
+def _first_batch(dls, targets):
     dl = dls[0]
     rng,gen = copy.copy(getattr(dl, 'rng', None)),getattr(dl, 'generator', None)
     state = gen.get_state() if gen is not None else None
@@ -347,7 +357,7 @@ def _first_batch(dls):
     if gen is not None: gen.set_state(state)
     i = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     b = tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b)
-    return b[:i],b[i:]
+    return (*b[:i], Targets(b[i:])) if targets else b[:i],b[i:]
 
 def _try_metrics(columns, nets, xb, yb, outs):
     for m in columns: nets.tap(m.address, outs)
@@ -367,19 +377,20 @@ def distill_learner(
     monitor:str=None, # The column by which the best network is kept, e.g. 'Student_acc'
     opt_func=Adam, # fastai optimiser, or a partial of `OptimWrapper`
     cbs=None, # Callbacks
+    groups=param_groups, # From `Nets` to a list of (network, whether it decays or its own decay, parameters)
     **learner_kwargs, # For fastai's `Learner`: `lr`, `wd`, `path`, ...
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
     model = Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
     model.to(getattr(dls, 'device', None) or 'cpu')
     loss = Terms(model, terms)
-    xb,yb = _first_batch(dls)
+    xb,yb = _first_batch(dls, _want_targets(model))
     outs = loss.connect(xb, yb)
     columns = net_metrics(model, metrics)
     _try_metrics(columns, model, xb, yb, outs)
-    learn = DistillLearner(dls, model, loss, opt_func=opt_func, splitter=lambda m: [ps for *_,ps in param_groups(get_model(m))],
+    learn = DistillLearner(dls, model, loss, opt_func=opt_func, splitter=lambda m: [ps for *_,ps in groups(get_model(m))],
                            metrics=columns, cbs=[TermRecorder(), *L(cbs)], **learner_kwargs)
-    learn.monitor = monitor
+    learn.monitor,learn.grouping = monitor,groups
     if hasattr(learn, 'recorder'): learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     known = ['train_loss', 'valid_loss', *(m.name for m in columns)]
     for m in [monitor, *(cb.monitor for cb in learn.cbs if isinstance(cb, TrackerCallback))]:

@@ -71,7 +71,7 @@ class Terms:
             loss = t.weight_at(self.pct) * t(*self.inputs(t, outs), targets=targets)
             self.parts[t.name] = loss.detach()
             total = total+loss
-        return total
+        return total if self.parts else torch.tensor(float('nan'))
 
     def inputs(self, t:Term, outs:dict)->list:
         "What stands at the term's addresses, the first of them projected where a projector was made"
