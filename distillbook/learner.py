@@ -370,7 +370,7 @@ def _try_metrics(columns, nets, xb, yb, outs):
 # %% ../nbs/learning/04_learner.ipynb #d29c8731
 def distill_learner(
     dls, # fastai `DataLoaders`
-    nets:dict, # Name to network, in the order in which they run
+    nets, # Name to network, in the order in which they run; or a `Nets`
     terms, # `Term`s: who learns what from whom
     frozen=(), # Names of networks that only teach
     metrics=None, # For every network; or `{address: metric or several}`
@@ -381,7 +381,7 @@ def distill_learner(
     **learner_kwargs, # For fastai's `Learner`: `lr`, `wd`, `path`, ...
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
-    model = Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
+    model = nets if isinstance(nets, Nets) else Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
     model.to(getattr(dls, 'device', None) or 'cpu')
     loss = Terms(model, terms)
     xb,yb = _first_batch(dls, _want_targets(model))

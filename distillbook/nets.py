@@ -68,15 +68,15 @@ def forward(self:Nets,
 @patch
 def _run(self:Nets, name, xb, targets):
     net,wants = self._modules[name],self.wants(name)
-    kwargs = {k: v for k,v in dict(targets=targets, as_training=self.training).items() if k in wants}
+    kwargs = {k: v for k,v in dict(targets=targets, whole=self.training).items() if k in wants}
     if name not in self.frozen: return net(*xb, **kwargs)
     if any(m.training for m in net.modules()): net.eval()
     with torch.no_grad(): return net(*xb, **kwargs)
 
 @patch
 def wants(self:Nets, name:str)->set:
-    "Which of `targets` and `as_training` a network's `forward` asks for"
-    return {'targets','as_training'} & set(inspect.signature(self[name].forward).parameters)
+    "Which of `targets` and `whole` a network's `forward` asks for"
+    return {'targets','whole'} & set(inspect.signature(self[name].forward).parameters)
 
 # %% ../nbs/learning/02_nets.ipynb #8453d07f
 @patch

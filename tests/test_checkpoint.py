@@ -1,17 +1,19 @@
-"Files that are whole whatever happens: real signals to real processes, full disks, strangers' files, ties and NaN"
-import json, math, os, pickle, signal, subprocess, sys, time
+"Files that are whole whatever happens: real signals to real processes, full disks, strangers' files, ties and NaN; and runs that go on from them as if nothing had been"
+import json, math, multiprocessing, os, pickle, random, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F
-from fastai.basics import Callback, DataLoader, DataLoaders, Metric, set_seed
-from fastai.callback.all import ProgressCallback
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.basics import SGD, Adam, Callback, DataLoader, DataLoaders, Metric, OptimWrapper, set_seed
+from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback, ReduceLROnPlateau
 from fastai.metrics import accuracy, error_rate
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader as TorchDL, RandomSampler, TensorDataset
 
-from distillbook.checkpoint import Checkpoint, Stopped, load_file, save_file
+from distillbook.checkpoint import Checkpoint, Stopped, load_file, plain, save_file
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
-from distillbook.losses import kd
+from distillbook.losses import distance, dml, kd
+from distillbook.schedules import FollowSchedule, lr_schedule
 from distillbook.terms import Term
 
 torch.set_num_threads(1)
@@ -277,3 +279,314 @@ def test_a_full_disk_while_training(tmp_path):
     assert p.returncode==2, p.stderr
     assert 'best.pth could not be written, what was there before is unchanged' in p.stdout and len(p.stdout.strip().splitlines())==1
     assert load_file(tmp_path/'best.pth')==dict(i='old') and [f.name for f in tmp_path.iterdir()]==['best.pth']
+
+# ---- going on: killed and resumed equals never killed, to the last bit
+
+class Early(nn.Module):
+    "A branch that is used in the first batches only: afterwards its gradient is zero, which for an optimiser is not the same as none"
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(8,8)
+        self.register_buffer('n', torch.tensor(0))
+    def forward(self, x):
+        if self.n<2: x = x+self.extra(x)
+        if self.training: self.n += 1
+        return x
+
+class Points(torch.utils.data.Dataset):
+    def __init__(self, noise=False): self.x,self.noise = torch.randn(60,4, generator=torch.Generator().manual_seed(1)),noise
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i):
+        x = self.x[i]
+        return x + (torch.randn(4)+random.random()+np.random.rand() if self.noise else 0.), (self.x[i,0]*self.x[i,1]>0).long()
+
+class ByEpoch:
+    "A loader whose order depends on (seed, epoch) alone, and which need not load what it skips"
+    def __init__(self, ds, bs): self.ds,self.bs,self.epoch,self.skip,self.loaded,self.device = ds,bs,0,0,0,None
+    def __len__(self): return -(-len(self.ds)//self.bs)
+    def set_epoch(self, epoch, skip=0): self.epoch,self.skip = epoch,skip
+    def one_batch(self): return next(iter(self))
+    def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_() # as PyTorch's loaders do
+        order = np.random.default_rng([7, self.epoch]).permutation(len(self.ds))
+        for i in range(self.skip*self.bs, len(self.ds), self.bs):
+            self.loaded += 1
+            xs,ys = zip(*(self.ds[j] for j in order[i:i+self.bs]))
+            yield torch.stack(xs),torch.stack(ys)
+
+def loader(kind):
+    gen = torch.Generator().manual_seed(5)
+    if kind=='a': return DataLoader(Points(), bs=8, shuffle=True)
+    if kind=='a-noise': return DataLoader(Points(True), bs=8, shuffle=True)
+    if kind=='b': return ByEpoch(Points(), 8)
+    if kind=='c': return TorchDL(Points(), 8, shuffle=True, generator=gen)
+    if kind=='c-noise': return TorchDL(Points(True), 8, shuffle=True)
+    if kind=='c-sampler': return TorchDL(Points(), 8, sampler=RandomSampler(Points(), replacement=True, generator=gen))
+    if kind=='c-workers': return TorchDL(Points(True), 8, shuffle=True, generator=gen, num_workers=2, multiprocessing_context='fork')
+
+def deep(): return nn.Sequential(nn.Linear(4,8), nn.BatchNorm1d(8), Early(), nn.ReLU(), nn.Dropout(.3), nn.Linear(8,2))
+def half(pct): return 1-pct/2
+OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+FITS = dict(const=lambda l, n=3: l.fit(n, 1e-2), one=lambda l, n=3: l.fit_one_cycle(n, 1e-2), flat=lambda l, n=3: l.fit_flat_cos(n, 1e-2),
+            follow=lambda l, n=3: l.fit(n, cbs=FollowSchedule(lr_schedule(dict(name='Cosine', learning_rate=.02, warmup_epoch=1), 3, 8))))
+
+def two(folder, kind='a', opt='adam', cbs=(), h=None, monitor='A_accuracy', terms=None, bar=False, net=deep, metrics=accuracy, **kw):
+    set_seed(0)
+    terms = terms or [Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B', weight=1.), Term(dml,'A','B'), Term(dml,'B','A')]
+    dls = DataLoaders(loader(kind), DataLoader(Points(), bs=32))
+    learn = distill_learner(dls, dict(A=net(), B=net()), terms, metrics=metrics, monitor=monitor, opt_func=OPTS[opt], wd=.1, cbs=[Checkpoint(folder, **kw), *cbs])
+    if not bar: learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    learn.logger = lambda *_: None
+    return learn
+
+class Kill(Callback):
+    "A real signal to this process, at one event of one batch"
+    order = 70
+    def __init__(self, at, sig, event='before_step'): self.at,self.sig,self.when = at,sig,event
+    def hit(self, event):
+        if event==self.when and (self.epoch,self.iter)==self.at: os.kill(os.getpid(), self.sig)
+    def before_step(self): self.hit('before_step')
+    def after_batch(self): self.hit('after_batch' if self.training else 'validating')
+
+def process(folder, kind, fit, opt, kill=None, **kw):
+    "What runs in the other process"
+    torch.set_num_threads(1)
+    if kill: os.dup2(os.open(os.devnull, os.O_WRONLY), 2) # the loader's workers, left alone, complain
+    learn = two(folder, kind, opt, cbs=[Kill(*kill)] if kill else [], **kw)
+    try: FITS[fit](learn)
+    except Stopped: os._exit(3)
+    learn.table().to_csv(Path(folder)/'table.csv')
+
+@pytest.fixture(scope='module')
+def run():
+    "Start `process` in a process of its own; the server that forks them has done the imports"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
+    def start(*args, **kw):
+        p = ctx.Process(target=process, args=args, kwargs=kw)
+        p.start()
+        return p
+    return start
+
+def ended(p, code):
+    p.join(60)
+    assert p.exitcode==code
+
+def equal(a, b, where=''):
+    "Nested states, to the last bit"
+    if isinstance(a, dict):
+        assert a.keys()==b.keys(), where
+        for k in a: equal(a[k], b[k], f'{where}.{k}')
+    elif isinstance(a, list):
+        assert len(a)==len(b), where
+        for i,(x,y) in enumerate(zip(a, b)): equal(x, y, f'{where}.{i}')
+    elif isinstance(a, torch.Tensor): assert a.dtype==b.dtype and torch.equal(a, b), where
+    else: assert a==b, (where, a, b)
+
+def same_files(a, b):
+    for f in ('best.pth', 'last.pth'): equal(load_file(a/f), load_file(b/f), f)
+
+KILL,TERM = signal.SIGKILL,signal.SIGTERM
+@pytest.mark.parametrize('kind,fit,opt,every,kill,at', [
+    ('a', 'const', 'adam', 5, ((1,4), KILL), (1,1)), ('a', 'one', 'adam', 3, ((1,5), KILL), (1,3)), ('a', 'one', 'adamw', None, ((1,4), KILL), (0,None)), ('a', 'flat', 'adam', None, ((1,4), TERM), (1,4)),
+    ('a', 'const', 'sgd', 3, ((2,7), KILL, 'after_batch'), (2,7)), ('a', 'one', 'adam', 8, ((1,1), KILL, 'validating'), (1,7)), ('a', 'one', 'adam', None, ((0,0), TERM), (0,0)),
+    ('a-noise', 'follow', 'adam', 3, ((1,5), KILL), (1,3)), ('b', 'follow', 'adamw', 3, ((1,5), KILL), (1,3)), ('b', 'one', 'adam', None, ((1,4), KILL), (0,None)), ('b', 'const', 'adam', 8, ((1,1), KILL, 'validating'), (1,7)),
+    ('c', 'one', 'adamw', 3, ((1,5), KILL), (1,3)), ('c', 'const', 'adam', None, ((2,2), KILL), (1,None)), ('c-noise', 'const', 'adam', None, ((1,4), TERM), (1,4)),
+    ('c-sampler', 'flat', 'adam', 3, ((1,5), KILL), (1,3)), ('c-workers', 'const', 'adam', 3, ((1,5), KILL), (1,3))])
+def test_killed_and_resumed_equals_never_killed(kind, fit, opt, every, kill, at, run, tmp_path):
+    whole,cut = tmp_path/'whole',tmp_path/'cut'
+    never,killed = run(whole, kind, fit, opt),run(cut, kind, fit, opt, kill=kill, every=every)
+    ended(killed, -KILL if kill[1]==KILL else 3)
+    last = load_file(cut/'last.pth')
+    assert (last['epoch'], last['batch'])==at
+    ended(run(cut, kind, fit, opt, resume=str(cut/'last'), every=every), 0)
+    ended(never, 0)
+    same_files(whole, cut)
+    assert (whole/'table.csv').read_text()==(cut/'table.csv').read_text() and len((cut/'table.csv').read_text().splitlines())==4
+
+@pytest.mark.parametrize('pause', (.02, .07))
+def test_killed_from_outside_at_any_moment_twice(pause, run, tmp_path):
+    whole,cut = tmp_path/'whole',tmp_path/'cut'
+    never = run(whole, 'a', 'one', 'adam')
+    for resume in (None, str(cut/'last')):
+        p = run(cut, 'a', 'one', 'adam', every=2, resume=resume)
+        before = (cut/'last.pth').stat().st_mtime_ns if resume else None
+        while p.is_alive() and not ((cut/'last.pth').exists() and (cut/'last.pth').stat().st_mtime_ns!=before): time.sleep(.001)
+        time.sleep(pause)
+        p.kill()
+        p.join()
+    ended(run(cut, 'a', 'one', 'adam', every=2, resume=str(cut/'last')), 0)
+    ended(never, 0)
+    same_files(whole, cut)
+
+# ---- the same within this process, where an exception will do for a kill
+
+class Gone(Exception): pass
+class Die(Callback):
+    order = 70
+    def __init__(self, epoch, batch): self.at = epoch,batch
+    def after_loss(self):
+        if self.training and (self.epoch,self.iter)==self.at: raise Gone('gone')
+
+def interrupted(folder, fit, at=(1,5), cbs=list, **kw):
+    "A learner that ran to the end, and one that died, was resumed in `folder/cut` and ran to the end"
+    kw = dict(every=3) | kw
+    never = two(folder/'whole', cbs=cbs(), **kw)
+    fit(never)
+    with pytest.raises(Gone): fit(two(folder/'cut', cbs=[*cbs(), Die(*at)], **kw))
+    cut = two(folder/'cut', cbs=cbs(), resume=folder/'cut'/kw.get('last', 'last'), **kw)
+    fit(cut)
+    return never,cut
+
+def test_all_that_was_recorded_is_there(tmp_path):
+    never,cut = interrupted(tmp_path, FITS['one'])
+    assert never.table().equals(cut.table()) and len(cut.table())==3 and never.parts().equals(cut.parts()) and len(cut.parts())==24
+    a,b = never.recorder,cut.recorder
+    assert a.lrs==b.lrs and a.iters==b.iters and a.losses==b.losses and never.term_recorder.where==cut.term_recorder.where and never.term_recorder.valid==cut.term_recorder.valid
+    assert (never.train_iter, never.pct_train)==(cut.train_iter, cut.pct_train)
+    equal(plain(never.opt.hypers), plain(cut.opt.hypers))
+
+def test_a_loader_that_can_skip_loads_only_what_is_left(tmp_path):
+    never,cut = interrupted(tmp_path, FITS['const'], kind='b')
+    assert (never.dls[0].loaded, cut.dls[0].loaded)==(24+1, 12+1) # one batch by the front door; epoch 1 goes on at its batch 4
+    same_files(tmp_path/'whole', tmp_path/'cut')
+
+def test_a_loader_that_cannot_skip_shows_what_is_left(tmp_path):
+    seen = []
+    class See(Callback):
+        def before_batch(self): self.training and seen.append((self.epoch, self.iter, self.xb[0].clone()))
+    interrupted(tmp_path, FITS['const'], cbs=lambda: [See()])
+    whole,resumed = seen[:24],seen[-12:]
+    assert [o[:2] for o in resumed]==[o[:2] for o in whole[12:]] and all(torch.equal(a[2], b[2]) for a,b in zip(whole[12:], resumed))
+
+def test_with_a_progress_bar(tmp_path, capsys):
+    never,cut = interrupted(tmp_path, FITS['one'], bar=True)
+    assert never.table().equals(cut.table())
+
+def test_names_and_epochs_kept_as_a_paddleocr_run_calls_them(tmp_path):
+    kw = dict(best='best_accuracy', last='latest', keep_epochs=2)
+    never,cut = interrupted(tmp_path, lambda l: l.fit(5, 1e-2), at=(3,5), **kw)
+    for f in ('whole','cut'): assert {o.name for o in (tmp_path/f).iterdir()}=={'best_accuracy.pth', 'latest.pth', 'iter_epoch_2.pth', 'iter_epoch_4.pth'}
+    again = two(tmp_path/'again', resume=str(tmp_path/'whole'/'iter_epoch_2'), every=3, **kw)
+    again.fit(5, 1e-2)
+    assert load_file(tmp_path/'whole'/'iter_epoch_2.pth')['epoch']==1
+    for f in ('cut','again'): equal(load_file(tmp_path/'whole'/'latest.pth'), load_file(tmp_path/f/'latest.pth'))
+
+def test_the_best_score_goes_on_and_the_best_network_stays(tmp_path):
+    "PaddleOCR 2.10 begins again at 0 and overwrites the best network by a worse one"
+    def acc(): return {'A': Scripted([.9,.2,.3])}
+    with pytest.raises(Gone): two(tmp_path, cbs=[Die(1,5)], metrics=acc(), monitor='A_acc').fit(3, 1e-2)
+    best = (tmp_path/'best.pth').read_bytes()
+    two(tmp_path, resume=tmp_path/'last', metrics={'A': Scripted([.2,.3])}, monitor='A_acc').fit(3, 1e-2)
+    assert (tmp_path/'best.pth').read_bytes()==best and load_file(tmp_path/'last.pth')['best']==.9
+    two(tmp_path/'new', resume=tmp_path/'last', metrics={'A': Scripted([.4,.95])}, monitor='A_acc').fit(4, 1e-2)
+    assert load_file(tmp_path/'new/best.pth')['value']==.9
+    two(tmp_path/'new', resume=tmp_path/'last', metrics={'A': Scripted([.95])}, monitor='A_acc').fit(4, 1e-2)
+    assert load_file(tmp_path/'new/best.pth')['value']==.95
+
+@pytest.mark.parametrize('cbs', [pytest.param(f, id=n) for n,f in dict(plateau=lambda: [ReduceLROnPlateau('A_acc', patience=2)], stopping=lambda: [EarlyStoppingCallback('A_acc', patience=3)],
+                                                                     accumulation=lambda: [GradientAccumulation(24)], clip=lambda: [GradientClip(.1)]).items()])
+def test_fastais_own_callbacks_go_on_counting(cbs, tmp_path, capsys):
+    never,cut = interrupted(tmp_path, lambda l: l.fit(7, 1e-2), at=(2,5), cbs=cbs, metrics={'A': Scripted([0.])}, monitor=None)
+    equal(load_file(tmp_path/'whole/last.pth'), load_file(tmp_path/'cut/last.pth'))
+    assert never.table().equals(cut.table())
+
+class HalfOnCPU(MixedPrecision):
+    "fastai's mixed precision, on the processor that is there"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.amp.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', init_scale=8., growth_interval=3)
+def test_mixed_precision_keeps_its_scale(tmp_path):
+    never,cut = interrupted(tmp_path, FITS['one'], cbs=lambda: [HalfOnCPU()])
+    scale = load_file(tmp_path/'cut/last.pth')['scaler']
+    assert scale['scale']==8*2**8
+    equal(load_file(tmp_path/'whole/last.pth'), load_file(tmp_path/'cut/last.pth'))
+
+def test_projectors_are_in_the_state(tmp_path):
+    def terms(): return [Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B'), Term(distance, 'A.0', 'B.0')]
+    sizes = iter([6,8]*3)
+    def net(): return (lambda h: nn.Sequential(nn.Linear(4,h), nn.BatchNorm1d(h), nn.Linear(h,2)))(next(sizes))
+    never = two(tmp_path/'whole', terms=terms(), net=net)
+    never.fit(2, 1e-2)
+    with pytest.raises(Gone): two(tmp_path/'cut', terms=terms(), net=net, every=3, cbs=[Die(1,5)]).fit(2, 1e-2)
+    two(tmp_path/'cut', terms=terms(), net=net, resume=tmp_path/'cut/last').fit(2, 1e-2)
+    assert any('_projectors' in k for k in load_file(tmp_path/'cut/last.pth')['model'])
+    same_files(tmp_path/'whole', tmp_path/'cut')
+
+def test_more_epochs_where_nothing_follows_their_number(tmp_path):
+    whole,cut = two(tmp_path/'whole', every=3),tmp_path/'cut'
+    whole.fit(4, 1e-2)
+    with pytest.raises(Gone): two(cut, every=3, cbs=[Die(1,5)]).fit(2, 1e-2)
+    again = two(cut, resume=cut/'last', every=3)
+    again.fit(4, 1e-2)
+    same_files(tmp_path/'whole', cut)
+    assert again.table().equals(whole.table()) and again.pct_train==whole.pct_train
+
+def test_a_fit_that_is_done_has_nothing_left(tmp_path):
+    done = two(tmp_path)
+    done.fit_one_cycle(2, 1e-2)
+    before = (tmp_path/'last.pth').read_bytes()
+    again = two(tmp_path, resume=tmp_path/'last')
+    again.fit_one_cycle(2, 1e-2)
+    assert same(again.model.state_dict(), done.model.state_dict()) and again.table().equals(done.table()) and (tmp_path/'last.pth').read_bytes()==before
+
+def test_only_the_next_fit_goes_on(tmp_path):
+    two(tmp_path).fit(2, 1e-2)
+    learn = two(tmp_path/'new', resume=tmp_path/'last')
+    learn.lr_find(num_it=5, show_plot=False)
+    learn.fit(3, 1e-2)
+    assert len(learn.parts())==24 and len(learn.table())==3 and learn.resumed is None
+    learn.fit(1, 1e-2)
+    assert len(learn.parts())==8 and len(learn.table())==1
+
+# ---- what cannot be gone on from
+
+def wider(): return nn.Sequential(nn.Linear(4,9), nn.Linear(9,2))
+OTHERS = dict(nets=(dict(net=wider), 'the tensor A.0.weight was [8, 4]'), optimiser=(dict(opt='sgd'), 'the optimiser was'), epochs=(dict(n=4), 'the number of epochs'), terms=(dict(terms=[Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B')]), 'the terms'),
+    metrics=(dict(metrics=error_rate, monitor='A_error_rate'), 'the columns'), monitor=(dict(monitor='B_accuracy'), 'the monitor'), precision=(dict(cbs=[HalfOnCPU()]), 'the precision'),
+    batches=(dict(kind='half'), 'the number of batches in an epoch was 8 and is now 4'), constant=(dict(fit='const'), 'the schedule of lr'), flat=(dict(fit='flat'), 'the schedule of lr'))
+@pytest.mark.parametrize('what', OTHERS)
+def test_another_run_is_refused_and_nothing_is_touched(what, cycle, tmp_path, monkeypatch):
+    kw,message = OTHERS[what]
+    kw = dict(kw)
+    if kw.get('kind')=='half': monkeypatch.setattr(Points, '__len__', lambda self: 30)
+    fit,n = FITS[kw.pop('fit', 'one')],kw.pop('n', 3)
+    learn = two(tmp_path, resume=cycle/'last', **{k: v for k,v in kw.items() if k!='kind'})
+    before,opt = state(learn.model),signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError) as e: fit(learn, n)
+    assert message in str(e.value) and str(cycle/'last.pth') in str(e.value) and len(str(e.value).splitlines())==1
+    assert same(before, learn.model.state_dict()) and not any(learn.opt.state.values()) and signal.getsignal(signal.SIGINT) is opt and not list(tmp_path.iterdir())
+
+@pytest.fixture(scope='module')
+def cycle(tmp_path_factory):
+    "A run of three epochs under one-cycle that died in the second"
+    folder = tmp_path_factory.mktemp('cycle')
+    with pytest.raises(Gone): two(folder, every=3, cbs=[Die(1,5)]).fit_one_cycle(3, 1e-2)
+    return folder
+
+def test_another_rate_frozen_net_or_fewer_epochs(cycle, tmp_path):
+    with pytest.raises(UserError, match='the schedule of lr'): two(tmp_path, resume=cycle/'last').fit_one_cycle(3, 2e-2)
+    learn = two(tmp_path, resume=cycle/'last')
+    learn.freeze('B')
+    with pytest.raises(UserError, match='group 2 of the optimiser was B, '): learn.fit_one_cycle(3, 1e-2)
+    two(tmp_path).fit(2, 1e-2)
+    with pytest.raises(UserError, match='the lr given to fit was 0.01 and is now 0.02'): two(tmp_path, resume=tmp_path/'last').fit(2, 2e-2)
+    with pytest.raises(UserError, match='in epoch 2 already, and this fit has 1'): two(tmp_path, resume=tmp_path/'last').fit(1, 1e-2)
+
+def test_a_weight_that_follows_progress_counts_the_epochs(tmp_path):
+    def terms(): return [Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B', weight=half)]
+    two(tmp_path, terms=terms()).fit(2, 1e-2)
+    with pytest.raises(UserError, match='the number of epochs'): two(tmp_path, terms=terms(), resume=tmp_path/'last').fit(3, 1e-2)
+
+@pytest.mark.parametrize('what,message', [('none','there is no'), ('best','does not hold the state of a run'), ('cut','not a readable checkpoint'), ('turned','not a readable checkpoint'), ('list','does not hold')])
+def test_a_file_that_cannot_be_gone_on_from(what, message, cycle, tmp_path):
+    whole = (cycle/'last.pth').read_bytes()
+    if what=='best': (tmp_path/'best.pth').write_bytes((cycle/'best.pth').read_bytes())
+    if what=='cut': (tmp_path/'cut.pth').write_bytes(whole[:-100])
+    if what=='turned':
+        w = load_file(cycle/'last.pth')['model']['A.0.weight'].numpy().tobytes()
+        (tmp_path/'turned.pth').write_bytes(whole.replace(w, bytes([w[0]^1])+w[1:]))
+    if what=='list': torch.save([1], tmp_path/'list.pth')
+    learn = two(tmp_path/'new', resume=tmp_path/what)
+    with pytest.raises(UserError, match=message): learn.fit_one_cycle(3, 1e-2)
+    with pytest.raises(UserError, match=message): learn.fit_one_cycle(3, 1e-2)

@@ -6,16 +6,19 @@ from scipy.special import rel_entr, softmax
 from torch.autograd import gradcheck
 
 from distillbook.core import UserError
-from distillbook.losses import attention, attention_transfer, cosine, dist, distance, dkd, dml, dml_paddle, kd
+from distillbook.losses import attention, attention_transfer, cosine, dist, distance, dkd, dml, dml_paddle, kd, kl, kl_paddle, kljs, upcast
 
 GOLDEN = Path(__file__).parent/'golden'
 BASIC,REC = np.load(GOLDEN/'losses_basic.npz'),np.load(GOLDEN/'losses_rec.npz')
 LABELS = torch.tensor([[0,4,2], [1,1,3]])
 
 LOGITS = dict(kd=kd, dml=dml, dml_symmetric=partial(dml, symmetric=True), dml_paddle=dml_paddle, dml_paddle_maps=partial(dml_paddle, act='sigmoid', use_log=False),
-              dkd=lambda s,t: dkd(s, t, LABELS), dist=dist)
+              dkd=lambda s,t: dkd(s, t, LABELS), dkd_both=lambda s,t: dkd(s, t, LABELS, detach=False), dist=dist,
+              kl_paddle=kl_paddle, kl_masked=lambda s,t: kl_paddle(s, t, mask=LABELS!=4))
+# kljs is of probabilities: here of the logits' sigmoids
+MAPS = {f'kljs_{m}': lambda a,b,m=m: kljs(*[o.sigmoid() for o in upcast(a, b)], m) for m in ('kl','js')}
 DISTANCES = {m: partial(distance, mode=m) for m in ('l1','l2','smooth_l1')}
-SAME = LOGITS | DISTANCES | dict(cosine=cosine)
+SAME = LOGITS | DISTANCES | MAPS | dict(cosine=cosine)
 ALL = SAME | dict(attention_transfer=lambda a,b: attention_transfer(a[None], b[None]))
 each = lambda losses: pytest.mark.parametrize('f', losses.values(), ids=losses)
 
@@ -44,33 +47,52 @@ def test_dml_paddle_is_paddleocrs(act, use_log):
     close(loss, want.mean())
     for g,n in ((ga,'out1'),(gb,'out2')): close(g, BASIC[f'{case}|grad|{n}']/want.size)
 
+@pytest.mark.parametrize('reduction', ('mean', 'sum', 'none'))
+@pytest.mark.parametrize('mode', ('kl', 'js'))
+def test_kljs_is_paddleocrs(mode, reduction):
+    case = f'KLJSLoss_{mode}_{reduction}'
+    xs = [x.requires_grad_() for x in arrays(BASIC, case, 'p1', 'p2')]
+    loss,want = kljs(*xs, mode, reduction),BASIC[f'{case}|out|loss']
+    if reduction!='none': assert loss.shape==() and want.shape==(3,)  # one number per picture, whose sum was differentiated
+    close(loss, want if reduction=='none' else want.mean())
+    for g,n in zip(torch.autograd.grad(loss.sum(), xs), ('p1','p2')): close(g, BASIC[f'{case}|grad|{n}'] / (1 if reduction=='none' else 3))
+
 @pytest.mark.parametrize('mode', ('l1', 'l2', 'smooth_l1'))
-def test_distance_is_paddleocrs(mode):
-    case = f'DistanceLoss_{mode}'
-    loss,gx,gy = with_grads(partial(distance, mode=mode), *arrays(BASIC, case, 'x', 'y'))
+@pytest.mark.parametrize('reduction', ('mean', 'sum'))
+def test_distance_is_paddleocrs(mode, reduction):
+    case = f'DistanceLoss_{mode}' + ('_sum' if reduction=='sum' else '')
+    loss,gx,gy = with_grads(partial(distance, mode=mode, reduction=reduction), *arrays(BASIC, case, 'x', 'y'))
     close(loss, BASIC[f'{case}|out|loss'])
     for g,n in ((gx,'x'),(gy,'y')): close(g, BASIC[f'{case}|grad|{n}'])
 
-def test_paddles_smooth_l1_with_a_delta_is_torchs_huber():
+def test_paddles_smooth_l1_with_a_delta():
     case = 'DistanceLoss_smooth_l1_delta.5'
-    loss,gx,_ = with_grads(partial(F.huber_loss, delta=.5), *arrays(BASIC, case, 'x', 'y'))
+    loss,gx,gy = with_grads(partial(distance, mode='smooth_l1', delta=.5), *arrays(BASIC, case, 'x', 'y'))
     close(loss, BASIC[f'{case}|out|loss'])
-    close(gx, BASIC[f'{case}|grad|x'])
+    for g,n in ((gx,'x'),(gy,'y')): close(g, BASIC[f'{case}|grad|{n}'])
 
 @pytest.mark.parametrize('T,alpha,beta', ((1.,1.,1.), (1.,1.,2.), (2.,.5,4.)))
 def test_dkd_is_paddleocrs(T, alpha, beta):
     case = f'DKDLoss_T{T}_a{alpha}_b{beta}'
     s,t,y = arrays(BASIC, case, 'logits_s', 'logits_t', 'target')
-    loss,gs,gt = with_grads(lambda s,t: dkd(s, t, y.view(3,5), alpha, beta, T), s, t)
+    loss,gs,gt = with_grads(lambda s,t: dkd(s, t, y.view(3,5), alpha, beta, T, detach=False), s, t)
     close(loss, BASIC[f'{case}|out|loss'])
-    close(gs, BASIC[f'{case}|grad|logits_s'])
-    assert gt is None  # PaddleOCR lets a gradient into the teacher here
+    for g,n in ((gs,'s'),(gt,'t')): close(g, BASIC[f'{case}|grad|logits_{n}'])
+    detached,g,none = with_grads(lambda s,t: dkd(s, t, y.view(3,5), alpha, beta, T), s, t)
+    assert detached==loss and torch.equal(g, gs) and none is None
 
-def test_paddleocrs_kl_div_is_kd_times_the_frames():
+def test_kl_paddle_is_paddleocrs():
     case = 'KLDivLoss_nomask'
-    loss,gs,_ = with_grads(partial(kd, T=1), *arrays(BASIC, case, 'logits_s', 'logits_t'))
-    close(5*loss, BASIC[f'{case}|out|loss'])
-    close(5*gs, BASIC[f'{case}|grad|logits_s'])
+    loss,gs,gt = with_grads(kl_paddle, *arrays(BASIC, case, 'logits_s', 'logits_t'))
+    close(loss, BASIC[f'{case}|out|loss'])
+    for g,n in ((gs,'s'),(gt,'t')): close(g, BASIC[f'{case}|grad|logits_{n}'])
+
+def test_a_masked_kl_paddle_is_paddleocrs():
+    case = 'KLDivLoss_mask'
+    s,t,m = arrays(BASIC, case, 'logits_s', 'logits_t', 'mask')
+    loss,gs,gt = with_grads(partial(kl_paddle, mask=m.view(3,5)), s, t)
+    close(loss, BASIC[f'{case}|out|loss'])
+    for g,n in ((gs,'s'),(gt,'t')): close(g, BASIC[f'{case}|grad|logits_{n}'])
 
 def test_the_losses_of_a_pp_ocrv3_config():
     case = 'CombinedLoss_rec_v3'
@@ -103,6 +125,41 @@ def test_kd_is_the_divergence_of_softened_answers(T):
     close(kd(s, t, T), want, 1e-10)
     close(kd(s.flatten(0,1), t.flatten(0,1), T), want, 1e-10)
     close(kd(s.float(), t.float(), T), want)
+
+def test_kl_counts_what_the_mask_says():
+    s,t = logits(0),logits(1)
+    m = torch.tensor([[True,False,True], [False,False,True]])
+    want = np_kl(softmax(t, -1), softmax(s, -1))
+    close(kl(t, s, m), want[m.numpy()].mean(), 1e-10)
+    close(kl(t, s), want.mean(), 1e-10)
+    close(kl_paddle(s, t), want.sum()/2, 1e-10)
+    close(kl_paddle(s, t, m), want[m.numpy()].mean(), 1e-10)
+    close(kl_paddle(s[0], t[0]), want[0].mean(), 1e-10)
+
+def test_nothing_but_padding_costs_nothing():
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    loss,gs,gt = with_grads(partial(kl_paddle, mask=none), logits(0), logits(1))
+    assert loss==0 and gs.eq(0).all() and gt.eq(0).all()
+
+@pytest.mark.parametrize('mode', ('kl', 'js'))
+def test_kljs_written_out(mode):
+    p,q = [logits(i).sigmoid().numpy() for i in (0,1)]
+    m = (p+q)/2
+    want = rel_entr(p, q) + rel_entr(q, p) if mode=='kl' else rel_entr(p, m) + rel_entr(q, m)
+    p,q = map(torch.tensor, (p, q))
+    close(kljs(p, q, mode, 'none'), want/2, 1e-3)  # without the small constants
+    close(kljs(p, q, mode), want.mean()/2, 1e-3)
+    close(kljs(p, q, mode, 'sum'), want.sum()/4, 1e-3)
+    close(kljs(q, p, mode), kljs(p, q, mode), 1e-10)
+
+@pytest.mark.parametrize('mode', ('kl', 'js'))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_kljs_of_zeros_and_ones(mode, dtype):
+    a,b = torch.tensor([[0.,1.,0.,1.]], dtype=dtype),torch.tensor([[1.,0.,0.,1.]], dtype=dtype)
+    loss,ga,gb = with_grads(partial(kljs, mode=mode), a, b)
+    assert loss.isfinite() and loss>0 and ga.isfinite().all() and gb.isfinite().all() and loss.dtype==torch.float32
+    a,b = [logits(i).sigmoid().to(dtype) for i in (0,1)]
+    with torch.autocast('cpu', torch.bfloat16): assert kljs(a, b, mode)==kljs(a.float(), b.float(), mode)
 
 def test_dml_has_a_direction_unless_symmetric():
     a,b = logits(0),logits(1)
@@ -190,13 +247,13 @@ def test_attention_maps_of_two_sizes_meet_at_the_smaller():
 def test_equal_outputs_cost_nothing(name, dtype):
     a = logits(0, dtype)
     loss,ga,gb = with_grads(ALL[name], a, a.clone())
-    assert loss.abs() < 1e-5 if name.startswith('dml_paddle') else loss==0  # PaddleOCR's small constants stand inside the logarithm
+    assert loss.abs() < 1e-5 if name.startswith(('dml_paddle', 'kljs')) else loss==0  # PaddleOCR's small constants stand inside the logarithm
     for g in (ga, gb): assert g is None or g.abs().max() < 1e-3
 
 @each(ALL)
 def test_different_outputs_cost_something(f): assert f(logits(0), logits(1)) > .01
 
-MOVES_BOTH = {'dml_symmetric', 'dml_paddle', 'dml_paddle_maps', 'l1', 'l2', 'smooth_l1', 'cosine', 'attention_transfer'}
+MOVES_BOTH = {'dml_symmetric', 'dml_paddle', 'dml_paddle_maps', 'dkd_both', 'kl_paddle', 'kl_masked', 'kljs_kl', 'kljs_js', 'l1', 'l2', 'smooth_l1', 'cosine', 'attention_transfer'}
 
 @pytest.mark.parametrize('name', ALL)
 def test_gradients_flow_only_where_they_should(name):
@@ -238,7 +295,7 @@ def test_the_number_does_not_depend_on_the_batch_size(f, monkeypatch):
     monkeypatch.setitem(globals(), 'LABELS', torch.cat([LABELS]*4))
     close(f(torch.cat([a]*4), torch.cat([b]*4)), one, 1e-10)
 
-@pytest.mark.parametrize('name', [n for n in LOGITS if not n.startswith('dml_paddle')])
+@pytest.mark.parametrize('name', [n for n in LOGITS if not n.startswith(('dml_paddle', 'kl_paddle'))])
 def test_frames_and_pictures_are_positions_alike(name, monkeypatch):
     a,b = logits(0),logits(1)
     lines = ALL[name](a, b)
@@ -252,7 +309,7 @@ def test_nothing_is_read_back_from_the_device(f, monkeypatch):
     assert loss.shape==() and loss.is_meta
 
 def test_shapes_say_what_the_framework_may_give():
-    assert [f.shapes for f in (kd, dml, dml_paddle, dkd, dist)]==['same']*5
+    assert [f.shapes for f in (kd, dml, dml_paddle, kl_paddle, kljs, dkd, dist)]==['same']*7
     assert attention_transfer.shapes=='any'
     assert not hasattr(distance, 'shapes') and not hasattr(cosine, 'shapes')
 
@@ -276,3 +333,6 @@ def test_a_slip_in_a_name_is_told_the_near_match():
     with pytest.raises(UserError, match="distance: no mode 'smoothl1'; did you mean 'smooth_l1'"): distance(a, a, 'smoothl1')
     with pytest.raises(UserError, match="distance: no mode 'huber'; there are: l2, l1, smooth_l1"): distance(a, a, 'huber')
     with pytest.raises(UserError, match="dml_paddle: no act 'sofmax'; did you mean 'softmax'"): dml_paddle(a, a, act='sofmax')
+    with pytest.raises(UserError, match="distance: no reduction 'none'"): distance(a, a, reduction='none')
+    with pytest.raises(UserError, match="kljs: no mode 'sj'"): kljs(a, a, 'sj')
+    with pytest.raises(UserError, match="kljs: no reduction 'maen'; did you mean 'mean'"): kljs(a, a, reduction='maen')

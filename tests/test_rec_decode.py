@@ -2,8 +2,9 @@
 import itertools, json, math, numpy as np, pytest, torch
 from pathlib import Path
 from types import SimpleNamespace
-from distillbook.rec.decode import RecMetric, compare, ctc_decode, greedy, mark_errors
-from distillbook.rec.labels import Alphabet, encode_batch
+from distillbook.core import UserError
+from distillbook.rec.decode import RecMetric, compare, ctc_decode, greedy, label_texts, mark_errors, sar_decode, word_boxes
+from distillbook.rec.labels import Alphabet, SARClasses, encode_batch, multi_label
 
 golden = np.load(Path(__file__).parent/'golden'/'post_rec.npz')
 meta = lambda case: json.loads(str(golden[f'{case}|meta']))
@@ -15,7 +16,47 @@ def check(got, want):
     np.testing.assert_allclose([c for _,c in got], [c for _,c in want], rtol=1e-5)
 
 @pytest.mark.parametrize('case', ['CTC_default_dict','CTC_no_label'])
-def test_decode_equals_paddle(case): check(ctc_decode(torch.from_numpy(golden[f'{case}|in|preds']).log(), alphabet), meta(case)['result'])
+def test_decode_equals_paddle(case):
+    preds = torch.from_numpy(golden[f'{case}|in|preds'])
+    check(ctc_decode(preds, alphabet, probs=True), meta(case)['result'])
+    check(ctc_decode(preds.log(), alphabet), meta(case)['result'])
+
+def test_word_boxes_equal_paddle():
+    "PaddleOCR's entry: frames that see the picture, characters of the words, their frames, kinds"
+    m,preds = meta('CTC_word_box'),torch.from_numpy(golden['CTC_word_box|in|preds'])
+    for ids,ratio,(text,_,want) in zip(greedy(preds, probs=True)[0], m['wh_ratio_list'], m['result']):
+        words = word_boxes(ids, alphabet)
+        assert ''.join(w for w,*_ in words) == text
+        assert len(ids)*ratio/m['max_wh_ratio'] == pytest.approx(want[0])
+        assert [[list(w) for w,*_ in words], [f for _,f,_ in words], [k for *_,k in words]] == want[1:]
+
+@pytest.mark.parametrize('text,want', [('ab cd','ab cd'), ('v3.5.','v3.5'), ('.5','5'), ('a-b -c','a-b c'), ('a.b','a b'), ('1..2','1 2'), ('深度a1学','深度 a1 学'), ('--',''), ('',''), ('a- b','a- b'), ('深-a','深 a'), ('é1','1')])
+def test_words_by_hand(text, want):
+    a = Alphabet(sorted(set(text+'x')))
+    ids = torch.tensor([o for i in a.encode(text) for o in (0,i)] or [0])
+    words = word_boxes(ids, a)
+    assert ' '.join(w for w,*_ in words) == want
+    assert all(text[t//2]==c for w,frames,_ in words for c,t in zip(w, frames, strict=True))
+
+def test_sar_equals_paddle():
+    m,sar,preds = meta('SAR_default_dict'),SARClasses(alphabet.chars),torch.from_numpy(golden['SAR_default_dict|in|preds'])
+    for key,kw in [('result',{}), ('rm_symbol',dict(rm_symbol=True))]:
+        want = [(t, math.nan if c is None else c) for t,c in m[key]]
+        check(sar_decode(preds, sar, probs=True, **kw), want)
+        check(sar_decode(preds.log(), sar, **kw), want)
+    assert label_texts(torch.from_numpy(golden['SAR_default_dict|in|label']), sar) == [tuple(o) for o in m['label']]
+
+def test_sar_keeps_repeats_and_stops_at_the_end():
+    sar = SARClasses('ab')
+    x = torch.nn.functional.one_hot(torch.tensor([[0,0,1,sar.start,1],[sar.start,0,0,0,0],[1,1,1,1,1]]), len(sar)-1)*9.
+    assert [t for t,_ in sar_decode(x, sar)] == ['aab','','bbbbb']
+    assert sar_decode(x.bfloat16(), sar)[2] == sar_decode(x, sar)[2]
+
+@pytest.mark.parametrize('decode,classes', [(ctc_decode,alphabet), (sar_decode,SARClasses(alphabet.chars))])
+def test_logits_are_no_probabilities(decode, classes):
+    x = torch.randn(2, 6, 37, generator=torch.Generator().manual_seed(0))*3
+    x[...,-1] = -9
+    with pytest.raises(UserError, match='no probabilities'): decode(x, classes, probs=True)
 
 def test_one_decoder_for_every_net():
     "PaddleOCR has a decoder class for distillation; here the plain one is used on each net's output"
@@ -26,6 +67,7 @@ def test_one_decoder_for_every_net():
 
 def test_labels_keep_repeats():
     label = golden['CTC_default_dict|in|label']
+    assert label_texts(torch.from_numpy(label), alphabet) == [tuple(o) for o in meta('CTC_default_dict')['label']]
     assert [alphabet.decode(o) for o in label.tolist()] == [t for t,_ in meta('CTC_default_dict')['label']]
     assert '00' in [alphabet.decode(o) for o in torch.from_numpy(label)]
 
@@ -56,16 +98,51 @@ def test_no_look_at_the_numbers():
 
 def test_no_graph_is_kept(): assert not greedy(torch.randn(1, 4, 5, requires_grad=True))[1].requires_grad
 
-@pytest.mark.parametrize('case', ['RecMetric_0','RecMetric_1'])
-def test_compare_equals_paddle(case):
-    "PaddleOCR's numbers, with its 1e-5 in the denominators put back"
+@pytest.mark.parametrize('case', [f'RecMetric_{i}' for i in range(4)])
+def test_metric_equals_paddle(case):
+    "Batch by batch, in all, and of nothing; the reads once as PaddleOCR's pairs and once as plain texts"
     m = meta(case)
-    ignore = m['kwargs'].get('ignore_space', True)
-    per_batch = [[compare(r[0], t[0], ignore) for r,t in zip(*b)] for b in m['batches']]
-    for rows,want in [*zip(per_batch, m['per_batch']), (sum(per_batch, []), m['total'])]:
-        n = len(rows)
-        assert want['acc'] == pytest.approx(sum(r for r,_ in rows)/(n+1e-5), rel=1e-12)
-        assert want['norm_edit_dis'] == pytest.approx(1-sum(1-s for _,s in rows)/(n+1e-5), rel=1e-12)
+    make = lambda: RecMetric(alphabet, eps=1e-5, **m['kwargs'])
+    total = make()
+    for (reads,truths),want in zip(m['batches'], m['per_batch'], strict=True):
+        one = make()
+        one.add([r for r,_ in reads], [t for t,_ in truths])
+        total.add(reads, truths)
+        assert one.value == pytest.approx(want, rel=1e-12)
+    assert total.value == pytest.approx(m['total'], rel=1e-12)
+    total.reset()
+    assert total.value == m['after_reset']
+
+def test_one_metric_for_every_net():
+    "PaddleOCR's DistillationMetric is its plain metric once per net; the names of the others get a prefix"
+    want,batches = meta('DistillationMetric_rec')['metric'],meta('RecMetric_1')['batches']
+    got = {}
+    for prefix in ('','Teacher_'):
+        met = RecMetric(alphabet, eps=1e-5, ignore_space=False)
+        for reads,truths in batches: met.add(reads, truths)
+        got |= {prefix+k:v for k,v in met.value.items()}
+    assert got == pytest.approx(want, rel=1e-12)
+
+def test_as_many_reads_as_truths():
+    with pytest.raises(ValueError): RecMetric(alphabet).add(['a','b'], ['a'])
+
+def paddle_batch(truths, alphabet, max_len):
+    rows = [multi_label(o, SARClasses(alphabet.chars), max_len) for o in truths]
+    label_ctc,label_sar,length = (torch.as_tensor(np.stack([o[k] for o in rows])) for k in ('label_ctc','label_sar','length'))
+    return label_ctc, label_sar, length, torch.ones(len(rows), dtype=torch.float64)
+
+def test_paddle_batches():
+    "Logits and labels as in a Python run; PaddleOCR's four targets with the probabilities of validation, and with the dict of training"
+    a = Alphabet('abc ')
+    reads,truths = ['ab','c','abc'],['ab','abc','abc']
+    x = logits_of(reads, a)
+    want = dict(acc=2/3, norm_edit_dis=pytest.approx((1+1/3+1)/3))
+    for pred in (x, x.softmax(-1), dict(ctc=x, sar=None)):
+        for yb,kw in [(encode_batch(truths, a, 5), {}), (paddle_batch(truths, a, 5), dict(length=2))]:
+            met = RecMetric(a, **kw)
+            met.accumulate(SimpleNamespace(pred=pred, yb=yb))
+            assert met.value == want
+    with pytest.raises(UserError, match=r'target 1 has shape \[3, 5\] .* RecMetric\(length=\)'): RecMetric(a).accumulate(SimpleNamespace(pred=x, yb=paddle_batch(truths, a, 5)))
 
 @pytest.mark.parametrize('read,truth,right,similar', [
     ('kitten','sitting',False,4/7), ('','',True,1), ('','ab',False,0), ('ab','',False,0), ('Ab','ab',False,.5), ('abcd','abxd',False,.75), ('a b','ab ',True,1)])

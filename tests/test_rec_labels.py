@@ -1,9 +1,10 @@
-"Alphabets and CTC labels: PaddleOCR's own labels, files that are read, and input that will not do"
+"Alphabets, CTC and SAR labels: PaddleOCR's own labels, files that are read, and input that will not do"
 import json, numpy as np, onnx, pytest, torch
 from onnx import helper as oh, TensorProto as tp
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook.rec.labels import Alphabet, encode_batch, fault, usable
+from distillbook.rec.labels import (Alphabet, SARClasses, ctc_label, encode_batch, fault, known, label_report, multi_label, read_characters, refusal,
+    sar_label, usable)
 
 GOLDEN = Path(__file__).parent/'golden'
 KEYS = GOLDEN/'ppocr_keys_v1.txt'
@@ -35,6 +36,79 @@ def test_labels_equal_paddle(case, lower, alphabet):
             assert alphabet.decode(labels[0]) == text
             same += 1
     assert same+changed+len(meta['none']) == len(meta['texts']) and same >= 5 and changed >= 1
+
+SUFFIXES = {'default': (None, {}), 'keys_v1_space': (KEYS, dict(use_space_char=True)), 'keys_v1_nospace_len10': (KEYS, {})}
+
+def encoder(kind, suffix):
+    "A function from text to what PaddleOCR's encoder of that name gives, and its classes"
+    path,kw = SUFFIXES[suffix]
+    sar,lower = SARClasses(read_characters(path, **kw)),path is None
+    def single(f, classes): return lambda text, n: dict(zip(('label','length'), f(text, classes, n, lower)))
+    return {'CTC': (single(ctc_label, sar.alphabet), sar.alphabet), 'SAR': (single(sar_label, sar), sar),
+            'Multi': (lambda text, n: multi_label(text, sar, n, lower), sar)}[kind]
+
+@pytest.mark.parametrize('kind', ['CTC','SAR','Multi'])
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_encoders_equal_paddle(kind, suffix):
+    "Every class of every row, every length, and every refusal of PaddleOCR's three encoders with three dictionaries"
+    case = f'{kind}LabelEncode_{suffix}'
+    meta,(encode,classes) = json.loads(str(targets[f'{case}|meta'])),encoder(kind, suffix)
+    max_len = meta['kwargs']['max_text_length']
+    if kind!='Multi': assert len(classes) == meta['n_char']
+    if kind=='SAR': assert (classes.start, classes.pad, classes.unknown) == (meta['start'], meta['pad'], meta['ukn'])
+    for i,text in enumerate(meta['texts']):
+        if i in meta['none']:
+            with pytest.raises(UserError, match='empty|longer than|no character'): encode(text, max_len)
+            continue
+        got,want = encode(text, max_len),{k.removeprefix(f'{case}|out|t{i}_'): targets[k] for k in targets.files if k.startswith(f'{case}|out|t{i}_')}
+        assert got.keys() == want.keys()
+        for k,v in want.items(): assert np.array_equal(got[k], v) and (k=='length' or got[k].dtype==np.int64), (text,k)
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_report_counts_what_paddle_does(suffix):
+    meta = json.loads(str(targets[f'MultiLabelEncode_{suffix}|meta']))
+    path,kw = SUFFIXES[suffix]
+    max_len,alphabet = meta['kwargs']['max_text_length'],Alphabet(read_characters(path, **kw))
+    report = label_report(meta['texts'], alphabet, max_len, lower=path is None, signs=2)
+    short = [i for i,t in enumerate(meta['texts']) if i not in meta['none'] and targets[f'MultiLabelEncode_{suffix}|out|t{i}_length'] < len(t)]
+    assert report['labels'] == len(meta['texts']) and report['refused'].total() == len(meta['none']) and report['cut'] == len(short) >= 1
+    assert set(report['dropped']) <= {'∎',' '}
+
+def test_dictionary_sizes():
+    meta = json.loads(str(np.load(GOLDEN/'post_rec.npz')['dict_sizes|meta']))
+    spaced,sar = Alphabet.from_file(KEYS, use_space_char=True),SARClasses(read_characters(KEYS, use_space_char=True))
+    assert (len(spaced), len(Alphabet.from_file(KEYS)), len(sar)) == (meta['ppocr_keys_v1_space'], meta['ppocr_keys_v1_nospace'], meta['sar_space'])
+    assert spaced.chars[:4] == meta['first'][1:] and spaced.chars[-3:] == meta['last'] and sar.names[-4:] == meta['sar_last']
+    assert (sar.start, sar.pad, sar.unknown) == (meta['sar_start'], meta['sar_pad'], meta['sar_unknown'])
+
+def test_no_dictionary():
+    assert ''.join(read_characters()) == ''.join(read_characters(use_space_char=True)) == '0123456789abcdefghijklmnopqrstuvwxyz'
+    with pytest.raises(UserError, match='No such file'): read_characters('none.txt')
+
+@pytest.mark.parametrize('n,ctc,sar', [(23,True,True), (24,True,False), (25,True,False), (26,False,False)])
+def test_room_in_a_row_of_25(n, ctc, sar):
+    classes = SARClasses('ab')
+    for f,c,fits in [(ctc_label,classes.alphabet,ctc), (sar_label,classes,sar), (multi_label,classes,sar)]:
+        if fits: f('a'*n, c, 25)
+        else:
+            with pytest.raises(UserError, match="'a+': longer than"): f('a'*n, c, 25)
+
+def test_length_is_counted_before_and_after_dropping():
+    "PaddleOCR measures the label as it stands for `max_text_length`, and what is left of it for SAR's two signs"
+    sar = SARClasses('ab')
+    assert sar_label('a'*23+'??', sar, 25)[1] == 23
+    with pytest.raises(UserError, match='longer than 25'): ctc_label('a'*23+'???', sar.alphabet, 25)
+
+def test_small_letters_may_be_more():
+    "'İ' is two characters when small, and then a label that fitted no longer does"
+    a = Alphabet('i\u0307')
+    assert known('İ', a, lower=True) == 'i\u0307' and refusal('İ', 'i\u0307', 1) and ctc_label('İ', a, 2, lower=True)[1] == 2
+
+@pytest.mark.parametrize('row,text', [([5,0,1,1,5,6,6],'abb'), ([0,1,5,0],'ab'), ([5,5,0],''), ([5,0,6,1],'ab'), ([5,4,5],'<UKN>'), ([6,6],''), ([0,1],'ab')])
+def test_sar_classes_decode(row, text):
+    sar = SARClasses('abcd')
+    assert (sar.unknown, sar.start, sar.pad, len(sar)) == (4,5,6,7)
+    for o in (row, np.array(row), torch.tensor(row)): assert sar.decode(o) == text
 
 def test_keys_v1():
     a = Alphabet.from_file(KEYS, use_space_char=True)

