@@ -6,4 +6,6 @@ from setuptools import setup
 cfg = ConfigParser()
 cfg.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 settings = cfg['DEFAULT']
-setup(install_requires=settings['requirements'].split(), extras_require={'dev': settings['dev_requirements'].split()})
+extras = {k.removesuffix('_requirements'): v.split() for k,v in settings.items() if k.endswith('_requirements')}
+extras['dev'] = sum(extras.values(), [])
+setup(install_requires=settings['requirements'].split(), extras_require=extras)

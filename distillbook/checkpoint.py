@@ -99,7 +99,7 @@ def _grad(p): return p.grad if p.grad is None or p.grad.any() else 0
 
 # %% ../nbs/learning/07_checkpoint.ipynb #f218fffc
 def _counters(learn):
-    return {cb.name: {k: plain(vars(cb)[k]) for k in ('best','wait','count') if isinstance(vars(cb).get(k), (int,float))} for cb in learn.cbs}
+    return {cb.name: {k: plain(vars(cb)[k]) for k in ('best','wait','count') if isinstance(vars(cb).get(k), (int,float))} for cb in learn.cbs if not isinstance(cb, Checkpoint)}
 
 # %% ../nbs/learning/07_checkpoint.ipynb #c6e534e7
 def take_up(

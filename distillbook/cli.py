@@ -46,8 +46,7 @@ def load(config, overrides):
 def show_log():
     "Log lines on the error stream, where results are not"
     log = logging.getLogger('distillbook')
-    if not log.handlers: log.addHandler(logging.StreamHandler())
-    log.handlers[0].setStream(sys.stderr)
+    log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.INFO)
     log.propagate = False
 

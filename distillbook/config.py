@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from .core import UserError, unknown, write_beside
 from .paddle import Config, build_decoder, build_dls, build_loss, build_metric, build_model, check, log
+from .training import build_learner
 
 # %% ../nbs/practice/01_config.ipynb #d8c677bd
 defaults = yaml.safe_load(f'''

@@ -37,8 +37,6 @@ def param_groups(
     return res
 
 # %% ../nbs/learning/04_learner.ipynb #495127f2
-def _want_targets(nets): return any('targets' in nets.wants(n) for n in nets.names)
-
 class DistillLearner(Learner):
     "fastai's `Learner`, for the networks of a `Nets`"
     epochs,grouping = None,staticmethod(param_groups)
@@ -70,7 +68,7 @@ class DistillLearner(Learner):
 
     def _split(self, b):
         super()._split(b)
-        if _want_targets(get_model(self.model)): self.xb = (*self.xb, Targets(self.yb))
+        if get_model(self.model).want_targets(): self.xb = (*self.xb, Targets(self.yb))
 
     def _do_epoch_train(self):
         getattr(self.dls.train, 'set_epoch', noop)(self.epoch)
@@ -273,7 +271,7 @@ class GatherPreds(Callback):
     order = 55
     def __init__(self, with_input=False): self.with_input,self.got = with_input,[]
     def after_batch(self):
-        kept = (*([detuplify(tuple(o for o in self.xb if not isinstance(o, Targets)))] if self.with_input else []), self.pred, detuplify(self.yb) if len(self.yb) else None)
+        kept = (*([detuplify(tuple(o for o in self.xb if not isinstance(o, tuple)))] if self.with_input else []), self.pred, detuplify(self.yb) if len(self.yb) else None)
         self.got.append(walk(lambda o: o[0].detach().cpu() if isinstance(o[0], torch.Tensor) else o[0], [kept]))
 
 @patch
@@ -384,7 +382,7 @@ def distill_learner(
     model = nets if isinstance(nets, Nets) else Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
     model.to(getattr(dls, 'device', None) or 'cpu')
     loss = Terms(model, terms)
-    xb,yb = _first_batch(dls, _want_targets(model))
+    xb,yb = _first_batch(dls, model.want_targets())
     outs = loss.connect(xb, yb)
     columns = net_metrics(model, metrics)
     _try_metrics(columns, model, xb, yb, outs)

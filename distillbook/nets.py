@@ -60,7 +60,8 @@ def forward(self:Nets,
 )->dict:
     "`{name: output}`"
     plain = lambda os: [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in os]
-    *xb,targets = xb if xb and isinstance(xb[-1], Targets) else (*xb, None)
+    given = xb and (isinstance(xb[-1], Targets) or isinstance(xb[-1], tuple) and self.want_targets())
+    *xb,targets = xb if given else (*xb, None)
     xb,targets = plain(xb),None if targets is None else plain(targets)
     self.taps.clear()
     with self._tapping(): return {n: self._run(n, xb, targets) for n in self.names}
@@ -72,6 +73,9 @@ def _run(self:Nets, name, xb, targets):
     if name not in self.frozen: return net(*xb, **kwargs)
     if any(m.training for m in net.modules()): net.eval()
     with torch.no_grad(): return net(*xb, **kwargs)
+
+@patch
+def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)
 
 @patch
 def wants(self:Nets, name:str)->set:

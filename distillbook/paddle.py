@@ -11,7 +11,7 @@ __all__ = ['KEYS', 'log', 'LOSSES', 'Config', 'place', 'within', 'existing', 'ch
            'build_decoder', 'ConfigMetric', 'build_metric', 'build_set', 'build_dl', 'build_dls', 'check']
 
 # %% ../nbs/practice/02_paddle.ipynb #d5d9f18c
-import difflib, hashlib, logging
+import difflib, hashlib, logging, re
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,10 +48,10 @@ def place(
 
 @contextmanager
 def within(cfg, *path):
-    "Put the place in front of a `UserError` that comes from the block"
+    "Put the place in front of a `UserError` that comes from the block and has none"
     try: yield
     except UserError as e:
-        if not getattr(e, 'placed', False): e.args,e.placed = (f'{place(cfg, *path)}: {e}',),True
+        if not re.match(rf"(.*:\d+: )?{path[0]}\b", e.message): e.message = f'{place(cfg, *path)}: {e.message}'
         raise
 
 # %% ../nbs/practice/02_paddle.ipynb #083e4617

@@ -13,6 +13,7 @@ from distillbook.checkpoint import Checkpoint, Stopped, load_file, plain, save_f
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
 from distillbook.losses import distance, dml, kd
+from distillbook.rec.files import LineDL, LineSet
 from distillbook.schedules import FollowSchedule, lr_schedule
 from distillbook.terms import Term
 
@@ -314,11 +315,15 @@ class ByEpoch:
             xs,ys = zip(*(self.ds[j] for j in order[i:i+self.bs]))
             yield torch.stack(xs),torch.stack(ys)
 
+def flat(b): return b[0].flatten(1),b[1]
+def noisy(sample, rng): return {**sample, 'image': sample['image'] + rng.normal(size=4).astype('float32')}
+
 def loader(kind):
     gen = torch.Generator().manual_seed(5)
     if kind=='a': return DataLoader(Points(), bs=8, shuffle=True)
     if kind=='a-noise': return DataLoader(Points(True), bs=8, shuffle=True)
     if kind=='b': return ByEpoch(Points(), 8)
+    if kind=='b-lines': return LineDL(LineSet([dict(path=str(i), image=x.numpy()[None,None], label=int(y)) for i,(x,y) in enumerate(Points()[j] for j in range(60))], [noisy], ['image','label'], seed=3), bs=8, shuffle=True, num_workers=2, after_batch=flat)
     if kind=='c': return TorchDL(Points(), 8, shuffle=True, generator=gen)
     if kind=='c-noise': return TorchDL(Points(True), 8, shuffle=True)
     if kind=='c-sampler': return TorchDL(Points(), 8, sampler=RandomSampler(Points(), replacement=True, generator=gen))
@@ -361,7 +366,7 @@ def process(folder, kind, fit, opt, kill=None, **kw):
 def run():
     "Start `process` in a process of its own; the server that forks them has done the imports"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
+    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'distillbook.rec.files', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
     def start(*args, **kw):
         p = ctx.Process(target=process, args=args, kwargs=kw)
         p.start()
@@ -391,6 +396,7 @@ KILL,TERM = signal.SIGKILL,signal.SIGTERM
     ('a', 'const', 'adam', 5, ((1,4), KILL), (1,1)), ('a', 'one', 'adam', 3, ((1,5), KILL), (1,3)), ('a', 'one', 'adamw', None, ((1,4), KILL), (0,None)), ('a', 'flat', 'adam', None, ((1,4), TERM), (1,4)),
     ('a', 'const', 'sgd', 3, ((2,7), KILL, 'after_batch'), (2,7)), ('a', 'one', 'adam', 8, ((1,1), KILL, 'validating'), (1,7)), ('a', 'one', 'adam', None, ((0,0), TERM), (0,0)),
     ('a-noise', 'follow', 'adam', 3, ((1,5), KILL), (1,3)), ('b', 'follow', 'adamw', 3, ((1,5), KILL), (1,3)), ('b', 'one', 'adam', None, ((1,4), KILL), (0,None)), ('b', 'const', 'adam', 8, ((1,1), KILL, 'validating'), (1,7)),
+    ('b-lines', 'one', 'adam', 3, ((1,5), KILL), (1,3)), ('b-lines', 'follow', 'adamw', None, ((1,4), TERM), (1,4)),
     ('c', 'one', 'adamw', 3, ((1,5), KILL), (1,3)), ('c', 'const', 'adam', None, ((2,2), KILL), (1,None)), ('c-noise', 'const', 'adam', None, ((1,4), TERM), (1,4)),
     ('c-sampler', 'flat', 'adam', 3, ((1,5), KILL), (1,3)), ('c-workers', 'const', 'adam', 3, ((1,5), KILL), (1,3))])
 def test_killed_and_resumed_equals_never_killed(kind, fit, opt, every, kill, at, run, tmp_path):
@@ -454,10 +460,10 @@ def test_a_loader_that_can_skip_loads_only_what_is_left(tmp_path):
 def test_a_loader_that_cannot_skip_shows_what_is_left(tmp_path):
     seen = []
     class See(Callback):
-        def before_batch(self): self.training and seen.append((self.epoch, self.iter, self.xb[0].clone()))
-    interrupted(tmp_path, FITS['const'], cbs=lambda: [See()])
-    whole,resumed = seen[:24],seen[-12:]
-    assert [o[:2] for o in resumed]==[o[:2] for o in whole[12:]] and all(torch.equal(a[2], b[2]) for a,b in zip(whole[12:], resumed))
+        def before_batch(self): self.training and seen.append((self.epoch, self.iter, self.pct_train, self.xb[0].clone()))
+    interrupted(tmp_path, FITS['const'], at=(1,7), cbs=lambda: [See()])
+    whole,resumed = seen[15:24],seen[-9:]
+    assert [o[:3] for o in resumed]==[o[:3] for o in whole] and all(torch.equal(a[3], b[3]) for a,b in zip(whole, resumed))
 
 def test_with_a_progress_bar(tmp_path, capsys):
     never,cut = interrupted(tmp_path, FITS['one'], bar=True)
@@ -484,12 +490,15 @@ def test_the_best_score_goes_on_and_the_best_network_stays(tmp_path):
     two(tmp_path/'new', resume=tmp_path/'last', metrics={'A': Scripted([.95])}, monitor='A_acc').fit(4, 1e-2)
     assert load_file(tmp_path/'new/best.pth')['value']==.95
 
-@pytest.mark.parametrize('cbs', [pytest.param(f, id=n) for n,f in dict(plateau=lambda: [ReduceLROnPlateau('A_acc', patience=2)], stopping=lambda: [EarlyStoppingCallback('A_acc', patience=3)],
-                                                                     accumulation=lambda: [GradientAccumulation(24)], clip=lambda: [GradientClip(.1)]).items()])
-def test_fastais_own_callbacks_go_on_counting(cbs, tmp_path, capsys):
-    never,cut = interrupted(tmp_path, lambda l: l.fit(7, 1e-2), at=(2,5), cbs=cbs, metrics={'A': Scripted([0.])}, monitor=None)
-    equal(load_file(tmp_path/'whole/last.pth'), load_file(tmp_path/'cut/last.pth'))
-    assert never.table().equals(cut.table())
+TRACKERS = dict(plateau=(None, lambda: [ReduceLROnPlateau('A_acc', patience=2)]), stopping=(None, lambda: [EarlyStoppingCallback('A_acc', patience=3)]),
+                accumulation=(3, lambda: [GradientAccumulation(24)]), clip=(3, lambda: [GradientClip(.1)]))
+@pytest.mark.parametrize('what', TRACKERS)
+def test_fastais_own_callbacks_go_on_counting(what, tmp_path, capsys):
+    every,cbs = TRACKERS[what]
+    never,cut = interrupted(tmp_path, lambda l: l.fit(5, 1e-2), at=(3,5), cbs=cbs, metrics={'A': Scripted([0.])}, monitor=None, every=every)
+    last = load_file(tmp_path/'cut/last.pth')
+    equal(load_file(tmp_path/'whole/last.pth'), last)
+    assert never.table().equals(cut.table()) and last['epoch']+1==len(cut.table())==(4 if what=='stopping' else 5)
 
 class HalfOnCPU(MixedPrecision):
     "fastai's mixed precision, on the processor that is there"

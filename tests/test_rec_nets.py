@@ -248,6 +248,7 @@ WRONG = {
     'neck': (v2(Neck=dict(name='SequenceEncode', encoder_type='rnn')), "M.S.Neck: no neck 'SequenceEncode'; did you mean 'SequenceEncoder'?"),
     'encoder': (v2(Neck=dict(name='SequenceEncoder', encoder_type='svtr2')), "M.S.Neck: no encoder_type 'svtr2'; did you mean 'svtr'?"),
     'no encoder': (v2(Neck=dict(name='SequenceEncoder')), "M.S.Neck: wants a 'encoder_type'"),
+    'heads': (v2(Neck=dict(name='SequenceEncoder', encoder_type='svtr', num_heads=7)), 'M.S.Neck: 7 heads do not divide 120 channels'),
     'encoder argument': (v2(Neck=dict(name='SequenceEncoder', encoder_type='rnn', hidden=4)), "did you mean 'hidden_size'?"),
     'encoder value': (v2(Neck=dict(name='SequenceEncoder', encoder_type='rnn', hidden_size=0)), 'M.S.Neck'),
     'reshape argument': (v2(Neck=dict(name='SequenceEncoder', encoder_type='reshape', hidden_size=4)), "takes no arguments"),

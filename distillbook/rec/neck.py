@@ -25,6 +25,7 @@ class Attention(nn.Module):
         drop:float=0.1, # Dropout of the result
     ):
         super().__init__()
+        if n%heads: raise UserError(f"{heads} heads do not divide {n} channels")
         self.heads = heads
         self.qkv,self.proj = nn.Linear(n, 3*n), nn.Linear(n, n)
         self.attn_drop,self.drop = nn.Dropout(attn_drop), nn.Dropout(drop)

@@ -206,7 +206,7 @@ class PaddleBatchNorm2d(nn.BatchNorm2d):
         if not self.training: return super().forward(x)
         old = self.running_var*(1-self.momentum)
         y = super().forward(x)
-        with torch.no_grad(): self.running_var.lerp_(old, x.shape[1]/x.numel())
+        self.running_var.data.lerp_(old, x.shape[1]/x.numel())
         return y
 
 def paddle_batchnorm(
