@@ -14,7 +14,6 @@ from fastai.basics import Callback, CancelValidException, DataLoaders, set_seed
 from distillbook.core import write_beside
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, dml_paddle
-from distillbook.nets import Targets
 from distillbook.rec.backbone import conv_bn
 from distillbook.rec.data import CODE, DIGITS, WordDL, font_files, normalise, pseudo_word, render_words
 from distillbook.rec.decode import ctc_decode, sar_decode
@@ -62,8 +61,9 @@ def short_words(n, seed):
     while len(words)<n:
         kind = rng.random()
         word = pseudo_word(rng) if kind<.6 else ''.join(rng.choice(DIGITS if kind<.8 else CODE.lower()) for _ in range(5))
-        words[word[:rng.randint(3, 5)]] = None
-    return [w for w in words if len(w)>2][:n]
+        word = word[:rng.randint(3, 5)]
+        if len(word)>2: words[word] = None
+    return list(words)
 
 class Words:
     "Rendered words with both labels; indexed by a list of numbers"
@@ -92,10 +92,8 @@ def look(nets, data):
         differ=sum(p!=q for p,q in zip(*texts.values()))/len(data), apart=((a-b)*(a.log()-b.log())).sum(-1).mean().item()/2, maps=distance(*maps.values()).item(), size=maps['Student'].square().mean().item())
 
 class Looks(Callback):
-    "A look after each epoch, in the place of validation; and the targets for the SAR heads, whose type fastai's `CastToTensor` loses"
-    order = 10
+    "A look after each epoch, in the place of validation"
     def __init__(self, data): self.data,self.rows = data,[]
-    def before_batch(self): self.learn.xb = (self.xb[0], Targets(self.yb))
     def before_validate(self):
         self.rows.append(look(self.learn.model, self.data))
         raise CancelValidException
