@@ -56,13 +56,15 @@ def line_of(
     text:str, # YAML
 )->dict: # Of (key, key, ...) to line, from 1
     "Where each key stands"
-    def walk(node, path):
+    def walk(node, path, above=()):
+        if id(node) in above: return
+        above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
             for k,v in node.value:
                 yield (*path, k.value), k.start_mark.line+1
-                yield from walk(v, (*path, k.value))
+                yield from walk(v, (*path, k.value), above)
         elif isinstance(node, yaml.SequenceNode):
-            for i,v in enumerate(node.value): yield from walk(v, (*path, str(i)))
+            for i,v in enumerate(node.value): yield from walk(v, (*path, str(i)), above)
     return dict(walk(yaml.compose(text, Loader=yaml.SafeLoader), ()))
 
 line_of('Global:\n  seed: 1\nLoss:\n  kd: 2')
@@ -115,7 +117,7 @@ def load_config(
     except (yaml.YAMLError, ValueError) as e:
         mark = getattr(e, 'problem_mark', None)
         raise UserError(f"{path}{f':{mark.line+1}' if mark else ''}: not YAML: {getattr(e, 'problem', None) or str(e).splitlines()[0]}") from e
-    if not isinstance(given, dict): raise UserError(f"{path}: sections with keys are wanted, not {str(given)[:60]!r}")
+    if not isinstance(given, dict): raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {str(given)[:60]}")
     if of_paddle(given): return _paddle_config(given, path, lines, overrides or ())
     cfg = checked(given, defaults, str(path), lines=lines)
     for o in overrides or (): _override(cfg, o)
@@ -157,10 +159,12 @@ def _paddle_config(given, path, lines, overrides):
     if ignored: log.info("%s: accepted, and of no effect here: %s", path, ', '.join(ignored))
     return cfg
 
-def _copied(o):
+def _copied(o, above=()):
     "A copy in which nothing stands in two places"
-    if isinstance(o, dict): return {k: _copied(v) for k,v in o.items()}
-    return [_copied(v) for v in o] if isinstance(o, list) else o
+    if id(o) in above: raise UserError("not YAML that can be used: an anchor holds itself")
+    above = (*above, id(o))
+    if isinstance(o, dict): return {k: _copied(v, above) for k,v in o.items()}
+    return [_copied(v, above) for v in o] if isinstance(o, list) else o
 
 # %% ../nbs/practice/01_config.ipynb #c33f3fbe
 def _sane(cfg, path):

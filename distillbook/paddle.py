@@ -51,7 +51,11 @@ def within(cfg, *path):
     "Put the place in front of a `UserError` that comes from the block and has none"
     try: yield
     except UserError as e:
-        if not re.match(rf"(.*:\d+: )?{path[0]}\b", e.message): e.message = f'{place(cfg, *path)}: {e.message}'
+        file = str(getattr(cfg, 'path', ''))
+        if not (file and e.message.startswith(file)):
+            begun = re.match(rf'{path[0]}\b', e.message)
+            if not begun: e.message = f'{place(cfg, *path)}: {e.message}'
+            elif file: e.message = f"{place(cfg, *path).rpartition(': ')[0]}: {e.message}"
         raise
 
 # %% ../nbs/practice/02_paddle.ipynb #083e4617
@@ -222,7 +226,7 @@ def _load_state(net, kept, path):
 # %% ../nbs/practice/02_paddle.ipynb #ab9f6137
 def _pairs(kw):
     ps = kw['model_name_pairs']
-    return [ps] if ps and isinstance(ps[0], str) else ps
+    return [ps] if not isinstance(ps, (list,tuple)) or isinstance(ps[0], str) else ps
 
 def _paired(fn, head, name, kw, **extra):
     return [(partial(fn, **extra), pair, head, f"{kw.get('name', name)}_{i}") for i,pair in enumerate(_pairs(kw))]
@@ -276,19 +280,27 @@ def target_places(
 )->dict: # Name to position in `batch[1:]`; `label` stands for both kinds of label where there is one
     "Where each target stands in a batch"
     with within(cfg, 'Train', 'dataset', 'transforms'):
-        ops = ((cfg.get('Train') or {}).get('dataset') or {}).get('transforms') or []
-        keys = next((list((o['KeepKeys'] or {}).get('keep_keys') or []) for o in ops if isinstance(o, dict) and 'KeepKeys' in o), None)
+        keys = _keep_keys(cfg)
         if keys is None: keys = ['image','label_ctc','label_sar','length','valid_ratio'] if _many_heads(cfg) else ['image','label','length']
         if not keys or keys[0]!='image': raise UserError(f"keep_keys must begin with image, not {keys}")
     at = {k: i for i,k in enumerate(keys[1:])}
     same = at.get('label', at.get('label_sar'))
     return {k: at['label'] for k in ('label_ctc','label_sar') if 'label' in at} | ({} if same is None else dict(label_gtc=same)) | at
 
+def _keep_keys(cfg):
+    ops = ((cfg.get('Train') or {}).get('dataset') or {}).get('transforms') or []
+    if not isinstance(ops, list): raise UserError(f"a list of operations is wanted, not {ops!r}")
+    found = next((o['KeepKeys'] for o in ops if isinstance(o, dict) and 'KeepKeys' in o), None)
+    keys = found.get('keep_keys') if isinstance(found, dict) else found
+    if keys is not None and not _texts(keys): raise UserError(f"keep_keys: a list of names is wanted, not {keys!r}")
+    return keys
+
 def _heads(cfg, net):
     "The network's head has several outputs?"
     arch = cfg.get('Architecture') or {}
     part = (arch.get('Models') or {}).get(net, {}) if 'Models' in arch else arch
-    return None if not part else (part.get('Head') or {}).get('name')=='MultiHead'
+    head = part.get('Head') if isinstance(part, dict) else None
+    return None if not part else isinstance(head, dict) and head.get('name')=='MultiHead'
 
 def _many_heads(cfg):
     names = net_names(cfg) if cfg.get('Architecture') else []
@@ -303,16 +315,30 @@ def checked_entry(
     entry = cfg['Loss']['loss_config_list'][i]
     if not isinstance(entry, dict) or len(entry)!=1: raise UserError(f"{place(cfg, 'Loss', 'loss_config_list', i)}: one loss with its keys is wanted, not {entry!r}")
     (name,kw), = entry.items()
-    spot,kw = ('Loss','loss_config_list',i,name),kw or {}
+    spot,kw = ('Loss','loss_config_list',i,name),{} if kw is None else kw
     if name not in LOSSES: raise unknown('loss', name, LOSSES, place(cfg, *spot))
+    if not isinstance(kw, dict): raise UserError(f"{place(cfg, *spot)}: keys and values are wanted, not {kw!r}")
     keys = LOSSES[name][0].split()
     for k in kw:
         if k not in keys: raise unknown('key', k, keys, place(cfg, *spot, k))
     lacks = [k for k in ('weight','model_name_pairs','model_name_list') if k in keys and not kw.get(k) and kw.get(k)!=0]
     if lacks: raise UserError(f"{place(cfg, *spot)}: {lacks[0]} is wanted")
-    for n in kw.get('model_name_list') or sum(map(list, _pairs(kw)), []):
+    for n in _names(cfg, spot, kw):
         if cfg.get('Architecture') and n not in net_names(cfg): raise unknown('net', n, net_names(cfg), place(cfg, *spot, 'model_name_list' if 'model_name_list' in keys else 'model_name_pairs'))
     return name,kw
+
+def _names(cfg, spot, kw):
+    "The networks of an entry, each a name"
+    for k in ('key','dis_head','name'):
+        if not isinstance(kw.get(k), (str,type(None))): raise UserError(f"{place(cfg, *spot, k)}: a name is wanted, not {kw[k]!r}")
+    if (names := kw.get('model_name_list')) is not None:
+        if not _texts(names): raise UserError(f"{place(cfg, *spot, 'model_name_list')}: a list of networks is wanted, as [Student, Teacher], not {names!r}")
+        return names
+    pairs = _pairs(kw)
+    if not all(_texts(p) and len(p)==2 for p in pairs): raise UserError(f"{place(cfg, *spot, 'model_name_pairs')}: pairs of networks are wanted, as [[Student, Teacher]], not {kw['model_name_pairs']!r}")
+    return sum(map(list, pairs), [])
+
+def _texts(o): return isinstance(o, (list,tuple)) and all(isinstance(v, str) for v in o)
 
 def entry_terms(cfg:dict, i:int)->list: # Of `Term`
     "The terms that an entry means"
@@ -398,7 +424,8 @@ def build_decoder(
         post = cfg.get('PostProcess') or {}
         plain = {'CTCLabelDecode': _ctc_reader, 'SARLabelDecode': _sar_reader}
         name = post.get('name')
-        if name not in {*plain, *(f'Distillation{n}' for n in plain)}: raise unknown('decoder', name, [*plain, *(f'Distillation{n}' for n in plain)])
+        known = [*plain, *(f'Distillation{n}' for n in plain)]
+        if name not in known: raise unknown('decoder', name, known)
         read = plain[name.removeprefix('Distillation')](characters(cfg), post)
         if name in plain: return lambda preds, label=None: read(_head(preds, None, name), label)
         nets = post.get('model_name') or ['student']
@@ -492,6 +519,8 @@ def build_set(
     return LineSet(source, ops, keep, seed, train=side=='Train', ext_op_transform_idx=d.get('ext_op_transform_idx', 2 if d['name']=='SimpleDataSet' else 1))
 
 # %% ../nbs/practice/02_paddle.ipynb #a1715ecb
+def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and v>=least
+
 def build_dl(
     cfg:dict, # The whole configuration
     side:str, # 'Train' or 'Eval'
@@ -500,8 +529,9 @@ def build_dl(
     lines,l = build_set(cfg, side),cfg[side].get('loader') or {}
     with within(cfg, side, 'loader'):
         bs = l.get('batch_size_per_card')
-        if not isinstance(bs, int) or bs<1: raise UserError(f"batch_size_per_card: a whole number from 1 is wanted, not {bs!r}")
-        return LineDL(lines, bs=bs, shuffle=bool(l.get('shuffle')), drop_last=bool(l.get('drop_last')), num_workers=l.get('num_workers', 0), buckets=bool(l.get('buckets')))
+        if not _whole(bs, 1): raise UserError(f"batch_size_per_card: a whole number from 1 is wanted, not {bs!r}")
+        if not _whole(workers := l.get('num_workers') or 0, 0): raise UserError(f"num_workers: a whole number from 0 is wanted, not {workers!r}")
+        return LineDL(lines, bs=bs, shuffle=bool(l.get('shuffle')), drop_last=bool(l.get('drop_last')), num_workers=workers, buckets=bool(l.get('buckets')))
 
 def build_dls(
     cfg:dict, # The whole configuration
@@ -517,11 +547,27 @@ def check(
     said = check_keys(cfg)
     for section in ('Global','Architecture','Loss','Optimizer','Train'):
         if not isinstance(cfg.get(section), dict): raise UserError(f"{place(cfg) or 'the configuration'}: a section {section} is wanted")
+    _check_kinds(cfg)
     loss = cfg['Loss']
     if loss.get('name')=='CombinedLoss' and 'Models' in _architecture(cfg):
-        for i in range(len(loss.get('loss_config_list') or ())): checked_entry(cfg, i)
+        if not isinstance(loss.get('loss_config_list'), list) or not loss['loss_config_list']: raise UserError(f"{place(cfg, 'Loss', 'loss_config_list')}: a list of losses is wanted, not {loss.get('loss_config_list')!r}")
+        for i in range(len(loss['loss_config_list'])): checked_entry(cfg, i)
     for section,key in (('PostProcess','model_name'),('Metric','key')):
         given = (cfg.get(section) or {}).get(key)
         for n in [given] if isinstance(given, str) else given or []:
             if n not in net_names(cfg): raise unknown('net', n, net_names(cfg), place(cfg, section, key))
     return said
+
+# %% ../nbs/practice/02_paddle.ipynb #9c175fe9
+_TEXTS = 'save_model_dir character_dict_path pretrained_model checkpoints save_res_path'.split()
+_COUNTS = 'epoch_num max_text_length print_batch_step log_smooth_window save_epoch_step threads'.split()
+
+def _check_kinds(cfg):
+    "What `Global` holds is text or a whole number where it has to be"
+    g = cfg['Global']
+    for k in _TEXTS:
+        if not isinstance(g.get(k), (str,type(None))): raise UserError(f"{place(cfg, 'Global', k)}: text is wanted, not {g[k]!r}")
+    for k in _COUNTS:
+        if g.get(k) is not None and not _whole(g[k], 1): raise UserError(f"{place(cfg, 'Global', k)}: a whole number from 1 is wanted, not {g[k]!r}")
+    if g.get('seed') is not None and not _whole(g['seed'], 0): raise UserError(f"{place(cfg, 'Global', 'seed')}: a whole number from 0 is wanted, not {g['seed']!r}")
+    if g.get('epoch_num') is None: raise UserError(f"{place(cfg, 'Global', 'epoch_num')}: how many epochs?")

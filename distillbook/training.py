@@ -22,7 +22,7 @@ from .core import UserError, unknown, write_beside
 from .learner import DistillLearner, distill_learner
 from .nets import Nets
 from .optim import make_groups, make_opt_func, opt_cbs
-from .paddle import build_decoder, build_dl, build_dls, build_metric, build_model, build_terms, characters, existing, load_into, log, place, within
+from .paddle import Config, build_decoder, build_dl, build_dls, build_metric, build_model, build_terms, characters, existing, load_into, log, place, within
 from .rec.data import image_paths, read_image
 from .schedules import FollowSchedule, lr_schedule
 
@@ -110,6 +110,12 @@ class LogLines(Callback):
         self.since,self.steps,self.reading = time.perf_counter(),0,0.
 
 # %% ../nbs/practice/03_training.ipynb #b5bd2442
+def _unloaded(cfg):
+    "The configuration without `Global.pretrained_model`"
+    res = Config({**cfg, 'Global': {**cfg['Global'], 'pretrained_model': None}})
+    res.path,res.lines = getattr(cfg, 'path', ''),getattr(cfg, 'lines', {})
+    return res
+
 def _nets(model): return model if isinstance(model, Nets) else Nets(dict(Model=model))
 
 def _evaluator(cfg, nets, dl):
@@ -138,7 +144,7 @@ def build_learner(
     g,o = cfg['Global'],cfg['Optimizer']
     set_seed(g.get('seed') or 1024)
     resume = g.get('checkpoints')
-    nets = _nets(build_model({**cfg, 'Global': {**g, 'pretrained_model': None}} if resume else cfg))
+    nets = _nets(build_model(_unloaded(cfg) if resume else cfg))
     dls = build_dls(cfg)
     if not len(dls.train): raise UserError(f"{place(cfg, 'Train')}: fewer lines than one batch of {cfg['Train']['loader']['batch_size_per_card']}")
     dls.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu')
@@ -193,7 +199,7 @@ def with_weights(
     g = cfg['Global']
     path = g.get('checkpoints') or g.get('pretrained_model')
     if not path and not any(m.get('pretrained') for m in cfg['Architecture'].get('Models', {}).values()): raise UserError(f"{place(cfg, 'Global', 'pretrained_model')}: which weights? -o Global.pretrained_model=FILE")
-    model = build_model({**cfg, 'Global': {**g, 'pretrained_model': None}})
+    model = build_model(_unloaded(cfg))
     with within(cfg, 'Global', 'checkpoints' if g.get('checkpoints') else 'pretrained_model'):
         if path: load_into(model, path)
     return model.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu').eval()

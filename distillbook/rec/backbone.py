@@ -65,6 +65,11 @@ class SE(nn.Module):
         return x * F.hardsigmoid(self.conv2(F.relu(self.conv1(mean))))
 
 # %% ../../nbs/reading/03_backbone.ipynb #9876b5cf
+def _pair(name, o):
+    if not all(isinstance(n, int) and n>0 for n in ([o] if not isinstance(o, (list,tuple)) else o or [0])) or isinstance(o, (list,tuple)) and len(o)!=2:
+        raise UserError(f"{name}: a whole number from 1 is wanted, or two of them, not {o!r}")
+    return tuple(o) if isinstance(o, list) else o
+
 class MobileNetV1Enhance(nn.Module):
     "PP-OCRv3's backbone: [N,3,48,W] to [N,1024*scale,1,W/8], given its `last_conv_stride` and `last_pool_type`"
     def __init__(self,
@@ -75,16 +80,15 @@ class MobileNetV1Enhance(nn.Module):
     ):
         super().__init__()
         if last_pool_type not in ('max', 'avg'): raise unknown('last_pool_type', last_pool_type, ('max', 'avg'))
-        pair = lambda o: tuple(o) if isinstance(o, list) else o
         channels = [64, 128, 128, 256, 256, *[512]*6, 1024, 1024]
-        strides = [1, 1, 1, (2,1), 1, (2,1), *[1]*5, (2,1), pair(last_conv_stride)]
+        strides = [1, 1, 1, (2,1), 1, (2,1), *[1]*5, (2,1), _pair('last_conv_stride', last_conv_stride)]
         ni = int(32*scale)
         self.conv1,self.block_list = conv_bn(3, ni, stride=2), nn.Sequential()
         for i,(nf,stride) in enumerate(zip(channels, strides)):
             nf = int(nf*scale)
             self.block_list.append(separable(ni, nf, stride, ks=3 if i<6 else 5, se=i>=11))
             ni = nf
-        self.pool = nn.AvgPool2d(pair(last_pool_kernel_size)) if last_pool_type=='avg' else nn.MaxPool2d(2)
+        self.pool = nn.AvgPool2d(_pair('last_pool_kernel_size', last_pool_kernel_size)) if last_pool_type=='avg' else nn.MaxPool2d(2)
         self.out_channels = ni
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d): m.own_l2 = 0.

@@ -220,6 +220,8 @@ class RecResizeImg:
         character_dict_path='', # Only whether it is None matters
         padding:bool=True, # Keep proportions, and pad on the right? For lines that may not be wider
     ):
+        if not isinstance(image_shape, (list,tuple)) or len(image_shape)!=3 or not all(isinstance(n, int) and n>0 for n in image_shape):
+            raise UserError(f"image_shape: [3, height, width] is wanted, not {image_shape!r}")
         channels,self.height,self.width = image_shape
         if channels!=3: raise UserError(f"image_shape {list(image_shape)}: lines have 3 channels here")
         self.grow = eval_mode or (infer_mode and character_dict_path is not None)
@@ -251,7 +253,9 @@ def encoder(
 # %% ../../nbs/reading/09_files.ipynb #697d9766
 class KeepKeys:
     "The values of a sample that go into the batch, in their order"
-    def __init__(self, keep_keys): self.keep_keys = list(keep_keys)
+    def __init__(self, keep_keys):
+        if not isinstance(keep_keys, (list,tuple)) or not all(isinstance(k, str) for k in keep_keys): raise UserError(f"keep_keys: a list of names is wanted, not {keep_keys!r}")
+        self.keep_keys = list(keep_keys)
     def __call__(self, sample):
         if missing := [k for k in self.keep_keys if k not in sample]: raise unknown('value', missing[0], sample, 'keep_keys')
         arrays = {k: np.asarray(sample[k]) for k in self.keep_keys}

@@ -166,6 +166,8 @@ def _multi_head(kwargs, in_channels, out_channels, where):
     listed,where = kwargs.get('head_list'),f'{where}.head_list'
     if not isinstance(listed, list) or any(not isinstance(h, dict) or len(h)!=1 for h in listed): raise UserError(f"{where}: wants a list of heads, each a name with its sections beneath")
     heads = {name: sections or {} for h in listed for name,sections in h.items()}
+    for name,sections in heads.items():
+        if not isinstance(sections, dict): raise UserError(f"{where}: {name} wants names and values, not {sections!r}")
     for name in heads:
         if name not in HEADS: raise unknown('head', name, HEADS, where)
     if 'CTCHead' not in heads: raise UserError(f"{where}: there is no CTCHead among {', '.join(heads) or 'nothing'}")
@@ -174,7 +176,9 @@ def _multi_head(kwargs, in_channels, out_channels, where):
         if key not in ('Neck', 'Head'): raise unknown('key', key, ('Neck', 'Head'), at['CTCHead'])
     encoder_type,neck = _part(heads['CTCHead'].get('Neck'), f"{at['CTCHead']}.Neck")
     neck = sequence_encoder(in_channels, encoder_type, f"{at['CTCHead']}.Neck", **neck)
-    head = lambda name, kwargs, n, where: build_head(dict(name=name, **(kwargs or {})), n, out_channels, where)
+    def head(name, kwargs, n, where):
+        if not isinstance(kwargs or {}, dict): raise UserError(f"{where}: names and values are wanted, not {kwargs!r}")
+        return build_head({'name': name, **(kwargs or {})}, n, out_channels, where)
     ctc = head('CTCHead', heads['CTCHead'].get('Head'), neck.out_channels, f"{at['CTCHead']}.Head")
     return MultiHead(neck, ctc, head('SARHead', heads['SARHead'], in_channels, at['SARHead']) if 'SARHead' in heads else None)
 
