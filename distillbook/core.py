@@ -31,7 +31,8 @@ def unknown(
     "A `UserError` for a name that is not among `known`, naming the near matches, or else all there are"
     known = [str(k) for k in known]
     near = get_close_matches(str(name), known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known) or 'none'}"
+    more = f', ... ({len(known)})' if len(known)>20 else ''
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known[:20]) or 'none'}{more}"
     return UserError(f"{where + ': ' if where else ''}no {kind} {name!r}; {hint}")
 
 # %% ../nbs/learning/10_core.ipynb #c53fbbab

@@ -174,7 +174,7 @@ def build_model(
     arch,chars = _architecture(cfg),characters(cfg)
     classes = dict(CTCLabelDecode=len(Alphabet(chars)), SARLabelDecode=len(SARClasses(chars)))
     if 'Models' not in arch:
-        with within(cfg, 'Architecture'): model = paddle_batchnorm(build_rec({k: v for k,v in arch.items() if k not in KEYS['Architecture'][1]}, classes, ''))
+        with within(cfg, 'Architecture'): model = paddle_batchnorm(build_rec({k: v for k,v in arch.items() if k not in KEYS['Architecture'][1]}, classes, 'Architecture'))
     else:
         nets = {name: _one_net(cfg, name, classes) for name in arch['Models']}
         model = DistillationModel(nets, [n for n in nets if arch['Models'][n].get('freeze_params')])
@@ -186,7 +186,7 @@ def build_model(
 def _one_net(cfg, name, classes):
     with within(cfg, 'Architecture', 'Models', name):
         part = cfg['Architecture']['Models'][name]
-        net = paddle_batchnorm(build_rec({k: v for k,v in part.items() if k not in KEYS['Model'][1]}, classes, ''))
+        net = paddle_batchnorm(build_rec({k: v for k,v in part.items() if k not in KEYS['Model'][1]}, classes, f'Architecture.Models.{name}'))
         if part.get('pretrained'): load_into(net, part['pretrained'])
         return net
 
@@ -544,6 +544,8 @@ def check(
     cfg:dict, # The whole configuration
 )->list: # Keys that are accepted and change nothing
     "Refuse unknown keys, losses, networks and schedules; `UserError` says where and what is near"
+    models = (cfg.get('Architecture') or {}).get('Models', {}) if isinstance(cfg.get('Architecture'), dict) else {}
+    if 'Models' in (cfg.get('Architecture') or ()) and not (isinstance(models, dict) and models): raise UserError(f"{place(cfg, 'Architecture', 'Models')}: networks with names are wanted, not {models!r}")
     said = check_keys(cfg)
     for section in ('Global','Architecture','Loss','Optimizer','Train'):
         if not isinstance(cfg.get(section), dict): raise UserError(f"{place(cfg) or 'the configuration'}: a section {section} is wanted")

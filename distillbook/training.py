@@ -111,8 +111,10 @@ class LogLines(Callback):
 
 # %% ../nbs/practice/03_training.ipynb #b5bd2442
 def _unloaded(cfg):
-    "The configuration without `Global.pretrained_model`"
-    res = Config({**cfg, 'Global': {**cfg['Global'], 'pretrained_model': None}})
+    "The configuration without paths of weights, which the whole model's will replace"
+    arch = cfg['Architecture']
+    if 'Models' in arch: arch = {**arch, 'Models': {n: {**m, 'pretrained': None} for n,m in arch['Models'].items()}}
+    res = Config({**cfg, 'Architecture': arch, 'Global': {**cfg['Global'], 'pretrained_model': None}})
     res.path,res.lines = getattr(cfg, 'path', ''),getattr(cfg, 'lines', {})
     return res
 
@@ -199,7 +201,7 @@ def with_weights(
     g = cfg['Global']
     path = g.get('checkpoints') or g.get('pretrained_model')
     if not path and not any(m.get('pretrained') for m in cfg['Architecture'].get('Models', {}).values()): raise UserError(f"{place(cfg, 'Global', 'pretrained_model')}: which weights? -o Global.pretrained_model=FILE")
-    model = build_model(_unloaded(cfg))
+    model = build_model(_unloaded(cfg) if path else cfg)
     with within(cfg, 'Global', 'checkpoints' if g.get('checkpoints') else 'pretrained_model'):
         if path: load_into(model, path)
     return model.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu').eval()
