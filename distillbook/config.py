@@ -149,6 +149,7 @@ def _set(cfg, o):
         node = node[k]
     if not path and isinstance(value, dict) and isinstance(node.get(last), dict): node[last].update(value)
     elif isinstance(node, dict): node[last] = value
+    elif isinstance(node, list) and last.isdigit() and int(last)<len(node): node[int(last)] = value
     else: raise UserError(f"-o {o}: {'.'.join(path)} is {node!r}, and has no key {last!r}")
 
 def _paddle_config(given, path, lines, overrides):

@@ -221,6 +221,8 @@ def _load_state(net, kept, path):
         nets = sorted({k.partition('.')[0] for k in extra} - {k.partition('.')[0] for k in net.state_dict()})
         raise UserError(f"{path} does not fit: {len(missing)} weights are missing ({', '.join(missing[:3])}{', ...' if len(missing)>3 else ''}), {len(extra)} are not wanted ({', '.join(extra[:3])}"
                         f"{', ...' if len(extra)>3 else ''}){'; it holds ' + ', '.join(nets) + ', a whole model perhaps' if nets and missing else ''}")
+    if wrong := [f"{k} is {list(getattr(fits[k], 'shape', '?'))} and not {list(v.shape)}" for k,v in net.state_dict().items() if getattr(fits[k], 'shape', None)!=v.shape]:
+        raise UserError(f"{path} does not fit: {len(wrong)} weights have other shapes ({'; '.join(wrong[:3])}{'; ...' if len(wrong)>3 else ''})")
     net.load_state_dict(fits)
 
 # %% ../nbs/practice/02_paddle.ipynb #ab9f6137
@@ -544,8 +546,8 @@ def check(
     cfg:dict, # The whole configuration
 )->list: # Keys that are accepted and change nothing
     "Refuse unknown keys, losses, networks and schedules; `UserError` says where and what is near"
-    models = (cfg.get('Architecture') or {}).get('Models', {}) if isinstance(cfg.get('Architecture'), dict) else {}
-    if 'Models' in (cfg.get('Architecture') or ()) and not (isinstance(models, dict) and models): raise UserError(f"{place(cfg, 'Architecture', 'Models')}: networks with names are wanted, not {models!r}")
+    arch = cfg.get('Architecture')
+    if isinstance(arch, dict) and 'Models' in arch and not (isinstance(arch['Models'], dict) and arch['Models']): raise UserError(f"{place(cfg, 'Architecture', 'Models')}: networks with names are wanted, not {arch['Models']!r}")
     said = check_keys(cfg)
     for section in ('Global','Architecture','Loss','Optimizer','Train'):
         if not isinstance(cfg.get(section), dict): raise UserError(f"{place(cfg) or 'the configuration'}: a section {section} is wanted")
