@@ -56,7 +56,7 @@ def terms(left_out=''):
     return [t for k,ts in made.items() if k!=left_out for t in ts]
 
 def numbers(n, seed):
-    "Numbers of two to four digits, most of them more than once"
+    "Numbers of two to four digits"
     rng = random.Random(seed)
     return [str(rng.randint(10, 9999) if rng.random()<.6 else rng.randint(10, 999)) for _ in range(n)]
 

@@ -295,7 +295,7 @@ def test_other_configurations(path, data, tmp_path):
     cfg = loaded(path, data, tmp_path/'run', 'Optimizer.lr.warmup_epoch=0')
     learn = train(cfg)
     parts = learn.loss_func.parts
-    assert set(parts)==({'CTCLoss','SARLoss'} if path==PLAIN else {'loss_ctc_Student_0','loss_ctc_Teacher_1','dml_ctc_0','loss_distance_l2_Student_Teacher_0'})
+    assert set(parts)==({'CTCLoss','SARLoss'} if path==PLAIN else {'loss_ctc_Student_0','loss_ctc_Teacher_1','dml_0','loss_distance_l2_Student_Teacher_0'})
     cfg['Global']['pretrained_model'] = str(tmp_path/'run'/'best_accuracy')
     got = evaluate_config(cfg)
     assert set(got)==({'acc','norm_edit_dis','fps'} | ({'Teacher_acc','Teacher_norm_edit_dis'} if path==V2 else set()))
