@@ -558,7 +558,7 @@ def check(
         for i in range(len(loss['loss_config_list'])): checked_entry(cfg, i)
     for section,key in (('PostProcess','model_name'),('Metric','key')):
         given = (cfg.get(section) or {}).get(key)
-        for n in [given] if isinstance(given, str) else given or []:
+        for n in (given or []) if isinstance(given, (list,type(None))) else [given]:
             if n not in net_names(cfg): raise unknown('net', n, net_names(cfg), place(cfg, section, key))
     return said
 

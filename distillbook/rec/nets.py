@@ -140,6 +140,7 @@ def build_backbone(
 
 def _part(cfg, where, key='name'):
     if not isinstance(cfg, dict) or not isinstance(cfg.get(key), str): raise UserError(f"{where}: wants a {key!r}, and arguments beside it, not {cfg!r}")
+    if odd := [k for k in cfg if not isinstance(k, str)]: raise UserError(f"{where}: keys are text, not {odd[0]!r}")
     return cfg[key], {k: v for k,v in cfg.items() if k!=key}
 
 # %% ../../nbs/reading/07_nets.ipynb #daf8273d
