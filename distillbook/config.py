@@ -12,7 +12,7 @@ import copy, logging, string
 from pathlib import Path
 import yaml
 from .core import UserError, unknown, write_beside
-from .paddle import Config, build_decoder, build_dls, build_loss, build_metric, build_model, check, log
+from .paddle import Config, DistillationModel, build_decoder, build_dls, build_loss, build_metric, build_model, check, log
 from .training import build_learner
 
 # %% ../nbs/practice/01_config.ipynb #d8c677bd
