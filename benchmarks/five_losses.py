@@ -45,14 +45,17 @@ def net(use_guide=True):
     sar = SARHead(body.out_channels, len(classes), enc_dim=64, max_text_length=L-1, d_k=64)
     return RecModel(body, None, MultiHead(neck, CTCHead(neck.out_channels, len(classes.alphabet)), sar), return_all_feats=True)
 
+def ctc(y, label_ctc, label_sar, length, valid): return ctc_loss(y, label_ctc, length)
+def sar(y, label_ctc, label_sar, length, valid): return sar_loss(y, label_sar, classes.pad)
+
 def terms(left_out=''):
     "The guide's terms, but for one of `LOSSES`"
     both = ('Student', 'Teacher')
     made = dict(dml_ctc=[Term(dml_paddle, *[f'{n}.head_out.ctc' for n in both], name='dml_ctc')],
         dml_sar=[Term(dml_paddle, *[f'{n}.head_out.sar' for n in both], weight=.5, name='dml_sar')],
         distance=[Term(distance, *[f'{n}.backbone_out' for n in both], name='distance')],
-        CTC=[Term(lambda y, ctc, sar, n, ratio: ctc_loss(y, ctc, n), f'{o}.head_out.ctc', name=f'CTC {o}') for o in both],
-        SAR=[Term(lambda y, ctc, sar, n, ratio: sar_loss(y, sar, classes.pad), f'{o}.head_out.sar', name=f'SAR {o}') for o in both])
+        CTC=[Term(ctc, f'{o}.head_out.ctc', name=f'CTC {o}') for o in both],
+        SAR=[Term(sar, f'{o}.head_out.sar', name=f'SAR {o}') for o in both])
     return [t for k,ts in made.items() if k!=left_out for t in ts]
 
 def numbers(n, seed):
