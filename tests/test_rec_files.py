@@ -270,7 +270,7 @@ def test_make_ops_says_what_has_no_effect():
     (dict(RecAug=None), 'T: a list of operations'), (['RecAug'], r"T\[0\]: one operation with its settings, as in '- RecAug:'; not 'RecAug'"), ([dict(a=1, b=2)], r'T\[0\]: one operation'),
     ([dict(RecAugg=None)], r"T\[0\].RecAugg: no operation 'RecAugg'; did you mean 'RecAug'"), ([dict(RecAug=[1])], r'T\[0\].RecAug: settings are names and values, not \[1\]'),
     ([dict(RecAug=dict(tia_prb=1))], r"T\[0\].RecAug: no setting 'tia_prb'; did you mean 'tia_prob'"), ([dict(RecResizeImg=None)], r'T\[0\].RecResizeImg: needs image_shape'),
-    ([dict(RecResizeImg=dict(image_shape=5))], r'T\[0\].RecResizeImg: cannot unpack'), ([dict(RecResizeImg=dict(image_shape=[48,320]))], r'T\[0\].RecResizeImg: not enough values'),
+    ([dict(RecResizeImg=dict(image_shape=5))], r'T\[0\].RecResizeImg: image_shape'), ([dict(RecResizeImg=dict(image_shape=[48,320]))], r'T\[0\].RecResizeImg: image_shape'),
     ([dict(DecodeImage=dict(img_mode='GBR'))], r"T\[0\].DecodeImage: no img_mode 'GBR'"), ([TRAIN[2]], 'T: the last operation is KeepKeys'), ([], 'T: the last operation is KeepKeys'),
     ([dict(KeepKeys=dict(keep_keys=['length', 'image']))], "T: keep_keys begins with 'image'"), ([{'no.such.Op': None}], r"T\[0\].no.such.Op: no.such.Op: No module named 'no'"),
     ([{f'{__name__}.Mime': None}], r"no operation 'Mime'; did you mean .*'Mine'"), ([dict(CTCLabelEncode=dict(character_dict_path='no.txt'))], r'T\[0\].CTCLabelEncode: no.txt: No such file')])
