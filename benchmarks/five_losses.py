@@ -14,7 +14,7 @@ from fastai.basics import Callback, CancelValidException, DataLoaders, set_seed
 from distillbook.core import write_beside
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, dml_paddle
-from distillbook.rec.backbone import conv_bn
+from distillbook.layers import conv_bn
 from distillbook.rec.data import WordDL, font_files, normalise, render_words
 from distillbook.rec.decode import ctc_decode, sar_decode
 from distillbook.rec.labels import SARClasses, multi_label

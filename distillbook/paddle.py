@@ -25,10 +25,12 @@ from .nets import Nets, Targets, look_up
 from .terms import Term
 from .weights import TEACHERS, cache_dir, load_onnx, load_paddle, read_pdparams, teacher_file
 from .rec.decode import RecMetric, ctc_decode, label_texts, sar_decode
-from .rec.files import LineDL, LineSet, label_files, lmdb_lines, make_ops, rec_dls
+from .rec.files import make_ops
 from .rec.labels import Alphabet, SARClasses, read_characters
 from .rec.losses import ctc_logits_kd, ctc_loss, next_chars, nrtr_loss
-from .rec.nets import build_rec, paddle_batchnorm
+from .rec.nets import build_rec
+from .samples import SampleDL, SampleSet, label_files, lmdb_lines, sample_dls
+from .layers import paddle_batchnorm
 from .rec.sar import sar_loss
 
 # %% ../nbs/practice/02_paddle.ipynb #fee40484
@@ -503,7 +505,7 @@ def build_metric(
 def build_set(
     cfg:dict, # The whole configuration
     side:str, # 'Train' or 'Eval'
-)->LineSet:
+)->SampleSet:
     "The lines of one side"
     with within(cfg, side):
         if not isinstance(cfg.get(side), dict) or 'dataset' not in cfg[side]: raise UserError("a section dataset is wanted")
@@ -518,7 +520,7 @@ def build_set(
             files = d.get('label_file_list') or []
             source = label_files([existing(f) for f in ([files] if isinstance(files, str) else files)], folder, d.get('ratio_list', 1.), d.get('delimiter', '\t'), seed=seed)
     with within(cfg, side, 'dataset'): ops,keep = make_ops(d.get('transforms'), {**g, 'character_dict_path': None if (path := dictionary(cfg)) is None else str(path)}, warn=log.info)
-    return LineSet(source, ops, keep, seed, train=side=='Train', ext_op_transform_idx=d.get('ext_op_transform_idx', 2 if d['name']=='SimpleDataSet' else 1))
+    return SampleSet(source, ops, keep, seed, train=side=='Train', ext_op_transform_idx=d.get('ext_op_transform_idx', 2 if d['name']=='SimpleDataSet' else 1))
 
 # %% ../nbs/practice/02_paddle.ipynb #a1715ecb
 def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and v>=least
@@ -526,20 +528,20 @@ def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and 
 def build_dl(
     cfg:dict, # The whole configuration
     side:str, # 'Train' or 'Eval'
-)->LineDL:
+)->SampleDL:
     "The loader of one side"
     lines,l = build_set(cfg, side),cfg[side].get('loader') or {}
     with within(cfg, side, 'loader'):
         bs = l.get('batch_size_per_card')
         if not _whole(bs, 1): raise UserError(f"batch_size_per_card: a whole number from 1 is wanted, not {bs!r}")
         if not _whole(workers := l.get('num_workers') or 0, 0): raise UserError(f"num_workers: a whole number from 0 is wanted, not {workers!r}")
-        return LineDL(lines, bs=bs, shuffle=bool(l.get('shuffle')), drop_last=bool(l.get('drop_last')), num_workers=workers, buckets=bool(l.get('buckets')))
+        return SampleDL(lines, bs=bs, shuffle=bool(l.get('shuffle')), drop_last=bool(l.get('drop_last')), num_workers=workers, buckets=bool(l.get('buckets')))
 
 def build_dls(
     cfg:dict, # The whole configuration
 )->DataLoaders:
     "The loaders of `Train` and `Eval`"
-    return rec_dls(build_dl(cfg, 'Train'), build_dl(cfg, 'Eval'))
+    return sample_dls(build_dl(cfg, 'Train'), build_dl(cfg, 'Eval'))
 
 # %% ../nbs/practice/02_paddle.ipynb #be2a1715
 def check(

@@ -27,7 +27,9 @@ from .core import UserError, write_beside
 from .learner import DistillLearner, distill_learner
 from .losses import dml, kd
 from .terms import Term
-from .rec.data import Lines, font_files, image_paths, make_words, normalise, read_image, rendered_set, word_dls
+from .rec.data import Lines, normalise, read_image, rendered_set, word_dls
+from .samples import image_paths
+from .words import font_files, make_words
 from .rec.decode import RecMetric, compare, ctc_decode, mark_errors
 from .rec.labels import Alphabet
 from .rec.losses import ctc_loss

@@ -127,10 +127,12 @@ def connect(self:Terms,
     with dry_run(self.nets):
         for t in self.terms: self._try(t, outs, yb)
         outs = self.nets.eval()(*xb)
-        self.train_only = {t.name for t in self.terms if not all(self._has(a, outs) for a in t.addresses)}
+        self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not all(self._has(a, outs) for a in t.addresses)}
     return outs
 
 # %% ../nbs/learning/03_terms.ipynb #487abb07
+def _mark(fn, name): return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
+
 @patch
 def _has(self:Terms, address, outs):
     try: return self.nets.find(address, outs) is not None
@@ -140,7 +142,7 @@ def _has(self:Terms, address, outs):
 def _bridge(self:Terms, t, outs):
     if len(t.addresses)<2: return
     a,b = (self.nets.find(o, outs) for o in t.addresses[:2])
-    rule = getattr(t.fn.func if isinstance(t.fn, partial) else t.fn, 'shapes', None)
+    rule = _mark(t.fn, 'shapes')
     if rule=='any' or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape==b.shape: return
     if rule=='same': raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} but {t.addresses[1]} {list(b.shape)}")
     with torch.random.fork_rng(): self.nets.add_projector(t.name, a.shape, b.shape)

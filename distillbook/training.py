@@ -23,7 +23,8 @@ from .learner import DistillLearner, distill_learner
 from .nets import Nets
 from .optim import make_groups, make_opt_func, opt_cbs
 from .paddle import Config, build_decoder, build_dl, build_dls, build_metric, build_model, build_terms, characters, existing, load_into, log, place, within
-from .rec.data import image_paths, read_image
+from .rec.data import read_image
+from .samples import image_paths
 from .schedules import FollowSchedule, lr_schedule
 
 # %% ../nbs/practice/03_training.ipynb #746ad184

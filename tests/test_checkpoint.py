@@ -13,7 +13,7 @@ from distillbook.checkpoint import Checkpoint, Stopped, load_file, plain, save_f
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
 from distillbook.losses import distance, dml, kd
-from distillbook.rec.files import LineDL, LineSet
+from distillbook.samples import SampleDL, SampleSet
 from distillbook.schedules import FollowSchedule, lr_schedule
 from distillbook.terms import Term
 
@@ -323,7 +323,7 @@ def loader(kind):
     if kind=='a': return DataLoader(Points(), bs=8, shuffle=True)
     if kind=='a-noise': return DataLoader(Points(True), bs=8, shuffle=True)
     if kind=='b': return ByEpoch(Points(), 8)
-    if kind=='b-lines': return LineDL(LineSet([dict(path=str(i), image=x.numpy()[None,None], label=int(y)) for i,(x,y) in enumerate(Points()[j] for j in range(60))], [noisy], ['image','label'], seed=3), bs=8, shuffle=True, num_workers=2, after_batch=flat)
+    if kind=='b-lines': return SampleDL(SampleSet([dict(path=str(i), image=x.numpy()[None,None], label=int(y)) for i,(x,y) in enumerate(Points()[j] for j in range(60))], [noisy], ['image','label'], seed=3), bs=8, shuffle=True, num_workers=2, after_batch=flat)
     if kind=='c': return TorchDL(Points(), 8, shuffle=True, generator=gen)
     if kind=='c-noise': return TorchDL(Points(True), 8, shuffle=True)
     if kind=='c-sampler': return TorchDL(Points(), 8, sampler=RandomSampler(Points(), replacement=True, generator=gen))
@@ -366,7 +366,7 @@ def process(folder, kind, fit, opt, kill=None, **kw):
 def run():
     "Start `process` in a process of its own; the server that forks them has done the imports"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'distillbook.rec.files', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
+    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'distillbook.samples', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
     def start(*args, **kw):
         p = ctx.Process(target=process, args=args, kwargs=kw)
         p.start()

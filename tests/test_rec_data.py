@@ -4,7 +4,8 @@ from pathlib import Path
 from distillbook.core import UserError
 from distillbook.rec import data
 from distillbook.rec.data import (make_words, font_files, draw_line, render_word, render_words, rendered_set, normalise, Lines, WordDL, WordData,
-    word_dls, fit_line, read_image, image_paths)
+    word_dls, fit_line, read_image)
+from distillbook.samples import image_paths
 from distillbook.rec.labels import Alphabet
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')

@@ -2,10 +2,10 @@
 import cv2, json, logging, numpy as np, os, pickle, pytest, random, signal, string, subprocess, sys, time, torch
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook.rec import files
+from distillbook import samples as files
 from distillbook.rec.data import fit_line
-from distillbook.rec.files import (label_files, lmdb_lines, line_table, LineSet, LineDL, rec_dls, make_ops, RecResizeImg, DecodeImage, collate,
-    KeepKeys, OPS)
+from distillbook.rec.files import OPS, RecResizeImg, make_ops
+from distillbook.samples import DecodeImage, KeepKeys, SampleDL, SampleSet, collate, label_files, line_table, lmdb_lines, sample_dls
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')
 KEYS = ['image', 'label_ctc', 'label_sar', 'length', 'valid_ratio']
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 def lines(folder, name='list.txt', transforms=TRAIN, seed=1, train=True, **kwargs):
     ops,keys = make_ops(transforms, GLOBAL)
-    return LineSet(label_files(folder/name, folder, seed=seed, **kwargs), ops, keys, seed=seed, train=train, ext_op_transform_idx=1)
+    return SampleSet(label_files(folder/name, folder, seed=seed, **kwargs), ops, keys, seed=seed, train=train, ext_op_transform_idx=1)
 
 def same(a, b): return len(a)==len(b) and all(len(p)==len(q) and all(torch.equal(x, y) for x,y in zip(p, q)) for p,q in zip(a, b))
 
@@ -119,7 +119,7 @@ def test_a_million_lines(tmp_path):
     assert len(source.data[0])+source.table.nbytes+source.rows.nbytes < 90e6
     with pytest.raises(UserError, match=r'l.txt:765433: .*pictures/0765/0765432.jpg: No such file'): source[765432]
     start = time.perf_counter()
-    batch = next(iter(files.batch_order(LineSet(source, [], ['image']), 128, True, True, False)))
+    batch = next(iter(files.batch_order(SampleSet(source, [], ['image']), 128, True, True, False)))
     assert len(batch)==128 and time.perf_counter()-start < 5
 
 
@@ -171,7 +171,7 @@ def test_lmdb_bad(tmp_path):
 def test_lmdb_loader(stored, workers):
     "Used in this process before workers fork, and by two loaders at once"
     ops,keys = make_ops(TRAIN, GLOBAL)
-    a,b = (LineDL(LineSet(o, ops, keys, seed=1, ext_op_transform_idx=1), bs=8, shuffle=True, num_workers=n)
+    a,b = (SampleDL(SampleSet(o, ops, keys, seed=1, ext_op_transform_idx=1), bs=8, shuffle=True, num_workers=n)
            for o,n in ((lmdb_lines(stored/'db'), workers), (label_files(stored/'list.txt', stored), 0)))
     a.dataset[3]
     assert same(list(a), list(b))
@@ -300,7 +300,7 @@ def test_chance_is_a_function_of_seed_epoch_and_index(folder):
     a.set_epoch(0)
     assert a[5][0].tobytes()==first[0][0].tobytes()
     assert lines(folder, seed=2)[5][0].tobytes()!=first[0][0].tobytes()
-    dl = LineDL(a, bs=8, shuffle=True)
+    dl = SampleDL(a, bs=8, shuffle=True)
     np.random.seed(0); random.seed(0); torch.manual_seed(0)
     state = np.random.get_state()[1].tobytes(),random.getstate(),torch.get_rng_state().numpy().tobytes()
     list(dl)
@@ -316,7 +316,7 @@ class Spy:
 def test_ext_data(folder, idx):
     spy = Spy()
     double = lambda s,rng: {**s, 'label': s['label']*2}
-    data = LineSet(label_files(folder/'list.txt', folder), [DecodeImage('BGR'), double, spy], ['image'], ext_op_transform_idx=idx)
+    data = SampleSet(label_files(folder/'list.txt', folder), [DecodeImage('BGR'), double, spy], ['image'], ext_op_transform_idx=idx)
     for i in range(20): data[i]
     ext = [o for s in spy.seen for o in s['ext_data']]
     assert len(ext)==60 and len({o['path'] for o in ext})>20
@@ -343,7 +343,7 @@ def check_faults(faults):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_broken_lines_in_training(broken, workers, caplog):
     bend = [TRAIN[0], *TRAIN[2:]]   # without RecConAug, which would join a line of an empty label to another
-    dl = LineDL(lines(broken, transforms=bend), bs=4, shuffle=True, num_workers=workers)
+    dl = SampleDL(lines(broken, transforms=bend), bs=4, shuffle=True, num_workers=workers)
     a = list(dl)
     assert [len(o[0]) for o in a]==[4,4,4,4,1]
     check_faults(dl.faults)
@@ -351,13 +351,13 @@ def test_broken_lines_in_training(broken, workers, caplog):
     times = sum(dl.faults.values())
     list(dl)
     assert len(dl.faults)==7 and sum(dl.faults.values())>times and len(caplog.messages)==7
-    again = LineDL(lines(broken, transforms=bend), bs=4, shuffle=True, num_workers=2-workers)
+    again = SampleDL(lines(broken, transforms=bend), bs=4, shuffle=True, num_workers=2-workers)
     assert same(a, list(again)) and times==sum(again.faults.values())
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_broken_lines_in_evaluation(broken, workers):
     "PaddleOCR evaluates the next line twice; here a broken line is missing, and every other is there once"
-    dl = LineDL(lines(broken, transforms=EVAL, train=False), bs=4, num_workers=workers)
+    dl = SampleDL(lines(broken, transforms=EVAL, train=False), bs=4, num_workers=workers)
     for _ in range(2):
         batches = list(dl)
         assert [len(o[0]) for o in batches]==[4,4,2]   # the fourth batch is broken throughout, and so is the last
@@ -383,31 +383,31 @@ def test_replacements_are_drawn_evenly(broken):
 @pytest.mark.parametrize('train', [True, False])
 def test_everything_is_broken(broken, workers, train):
     (broken/'list.txt').write_text('\n'.join(f'gone{i}.png\tx' for i in range(9)))
-    dl = LineDL(lines(broken, train=train, transforms=TRAIN if train else EVAL), bs=4, num_workers=workers)
+    dl = SampleDL(lines(broken, train=train, transforms=TRAIN if train else EVAL), bs=4, num_workers=workers)
     with pytest.raises(UserError, match='1000 lines drawn one after another cannot be used; the last: .*gone' if train else 'none of 9 lines can be used; the last: .*gone') as e: list(dl)
     assert '\n' not in str(e.value)
     assert len(dl.faults)==9
 
 def test_ext_data_that_is_broken(broken):
     (broken/'list.txt').write_text('1.png\tone\n'+'\n'.join(f'gone{i}.png\tx' for i in range(3)))
-    dl = LineDL(lines(broken), bs=1)
+    dl = SampleDL(lines(broken), bs=1)
     assert len(list(dl))==4 and len(dl.faults)==3
 
 def test_own_operation_that_refuses(folder):
     (folder/'list.txt').write_text('0.png\tnone\n1.png\tone\n')
     ops,keys = make_ops([{f'{__name__}.Mine': dict(gain=1)}, *EVAL], GLOBAL)
-    dl = LineDL(LineSet(label_files(folder/'list.txt', folder), ops, keys, train=False), bs=2)
+    dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, train=False), bs=2)
     assert [len(o[0]) for o in dl]==[1] and [o.endswith('0.png: refused by Mine') for o in dl.faults]==[True]
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_own_operation_with_a_fault_of_its_own(folder, workers):
     "An error in somebody's code is not a broken line"
     def op(sample, rng): return sample['nothing']
-    with pytest.raises(KeyError, match='nothing'): list(LineDL(LineSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=2, num_workers=workers))
+    with pytest.raises(KeyError, match='nothing'): list(SampleDL(SampleSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=2, num_workers=workers))
 
 def test_opencv_errors_are_faults(folder):
     def op(sample, rng): return cv2.resize(np.zeros((0,0,3), np.uint8), (3,3))
-    data = LineSet(label_files(folder/'list.txt', folder), [op], ['image'], train=False)
+    data = SampleSet(label_files(folder/'list.txt', folder), [op], ['image'], train=False)
     data.fetch(0, faults := [])
     assert '0.png: OpenCV: ' in faults[0] and '\n' not in faults[0]
 
@@ -416,17 +416,17 @@ def test_opencv_errors_are_faults(folder):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_samples_that_make_no_batch(folder, ops, keys, says, workers):
     (folder/'1.png').write_bytes(png(50, 20))
-    dl = LineDL(LineSet(label_files(folder/'list.txt', folder), make_ops([*ops, TRAIN[-1]] if ops is not EVAL else ops, GLOBAL)[0], keys), bs=4, num_workers=workers)
+    dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), make_ops([*ops, TRAIN[-1]] if ops is not EVAL else ops, GLOBAL)[0], keys), bs=4, num_workers=workers)
     with pytest.raises(UserError, match=says) as e: list(dl)
     assert '\n' not in str(e.value)
 
 def test_a_list_of_dicts_is_a_source(folder):
     source = [dict(path=f'{i}', image=png(30+i), label='abc') for i in range(5)]
     ops,keys = make_ops(EVAL, GLOBAL)
-    assert [o[0].shape for o in LineDL(LineSet(source, ops, keys), bs=5)]==[(5,3,48,320)]
+    assert [o[0].shape for o in SampleDL(SampleSet(source, ops, keys), bs=5)]==[(5,3,48,320)]
 
 def test_seed():
-    with pytest.raises(UserError, match='seed -1'): LineSet([], [], ['image'], seed=-1)
+    with pytest.raises(UserError, match='seed -1'): SampleSet([], [], ['image'], seed=-1)
 
 
 # batches
@@ -436,7 +436,7 @@ def test_seed():
 def test_workers_make_no_difference(folder, buckets, shuffle, monkeypatch):
     monkeypatch.setattr(files, 'POOL', 2)
     def epochs(n):
-        dl = LineDL(lines(folder, ratio_list=.9), bs=5, shuffle=shuffle, num_workers=n, buckets=buckets)
+        dl = SampleDL(lines(folder, ratio_list=.9), bs=5, shuffle=shuffle, num_workers=n, buckets=buckets)
         return [list(dl) for _ in range(2)]
     a,b,c = epochs(0),epochs(2),epochs(3)
     assert all(same(x, y) and same(x, z) for x,y,z in zip(a, b, c)) and not same(*a)
@@ -463,18 +463,18 @@ def test_every_line_once(folder, buckets, drop_last, monkeypatch):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_resume_inside_an_epoch(folder, buckets, workers, monkeypatch):
     monkeypatch.setattr(files, 'POOL', 3)
-    dl = LineDL(lines(folder), bs=4, shuffle=True, buckets=buckets)
+    dl = SampleDL(lines(folder), bs=4, shuffle=True, buckets=buckets)
     dl.set_epoch(5)
     whole = list(dl)
     assert len(whole)==len(dl)==10
     for skip in (0, 1, 3, 4, 9, 10):
-        other = LineDL(lines(folder), bs=4, shuffle=True, buckets=buckets, num_workers=workers)
+        other = SampleDL(lines(folder), bs=4, shuffle=True, buckets=buckets, num_workers=workers)
         other.set_epoch(5, skip=skip)
         assert same(list(other), whole[skip:])
         assert other.dataset.epoch==6 and other.skip==0
 
 def test_epochs(folder):
-    dl = LineDL(lines(folder), bs=8, shuffle=True)
+    dl = SampleDL(lines(folder), bs=8, shuffle=True)
     first = dl.one_batch()
     assert same([first], [dl.one_batch()])          # a look at a batch does not use the epoch up
     a = list(dl)
@@ -483,7 +483,7 @@ def test_epochs(folder):
     assert not same(a, b)
     dl.set_epoch(0)
     assert same(a, list(dl))
-    valid = LineDL(lines(folder, train=False), bs=8)
+    valid = SampleDL(lines(folder, train=False), bs=8)
     a = list(valid)
     valid.set_epoch(3)
     assert same(a, list(valid)) and valid.dataset.epoch==0
@@ -495,7 +495,7 @@ def test_order_is_not_that_of_the_samples_chance(folder):
     assert order.tolist()!=np.random.default_rng([1, 0]).permutation(40).tolist()
 
 def test_buckets(folder):
-    plain,bucketed = (LineDL(lines(folder, transforms=EVAL), bs=4, shuffle=True, buckets=o) for o in (False, True))
+    plain,bucketed = (SampleDL(lines(folder, transforms=EVAL), bs=4, shuffle=True, buckets=o) for o in (False, True))
     assert bucketed.padding==0
     a,b = {},{}
     for dl,found in ((plain, a), (bucketed, b)):
@@ -523,32 +523,33 @@ def test_collate_of_different_widths():
 def test_batches_of_pp_ocrv2(folder):
     transforms = [EVAL[0], dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,32,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))]
     for buckets in (False, True):
-        x,y,n = LineDL(lines(folder, transforms=transforms), bs=4, buckets=buckets).one_batch()
+        x,y,n = SampleDL(lines(folder, transforms=transforms), bs=4, buckets=buckets).one_batch()
         assert x.shape[:3]==(4,3,32) and (x.shape[3]==320)!=buckets and y.shape==(4,25) and n.shape==(4,) and {y.dtype, n.dtype}=={torch.int64}
 
-def test_rec_dls(folder):
+def test_sample_dls(folder):
     from fastai.basics import Learner, SGD
     import fastai.callback.progress
-    dls = rec_dls(LineDL(lines(folder), bs=8, shuffle=True, drop_last=True), LineDL(lines(folder, train=False), bs=16), device='cpu')
+    dls = sample_dls(SampleDL(lines(folder), bs=8, shuffle=True, drop_last=True), SampleDL(lines(folder, train=False), bs=16), device='cpu')
     assert dls.n_inp==1 and dls.train.device==torch.device('cpu') and (len(dls.train), len(dls.valid))==(5, 3)
     learn = Learner(dls, torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 1)), loss_func=lambda p,*y: (p[:,0]-y[-1].float()).pow(2).mean(), opt_func=SGD)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
     assert dls.train.dataset.epoch==2
     new = dls.train.new(shuffle=False, drop_last=False, buckets=True)
-    assert isinstance(new, LineDL) and new.buckets and new.bs==8 and not new.shuffle
-    with pytest.raises(UserError, match='40 lines, fewer than one batch of 41'): LineDL(lines(folder), bs=41, drop_last=True)
+    assert isinstance(new, SampleDL) and new.buckets and new.bs==8 and not new.shuffle
+    with pytest.raises(UserError, match='40 lines, fewer than one batch of 41'): SampleDL(lines(folder), bs=41, drop_last=True)
 
 def test_a_worker_that_is_killed(folder):
     def op(sample, rng): os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(UserError, match='a process that reads lines has ended: DataLoader worker'): list(LineDL(LineSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=4, num_workers=1))
+    with pytest.raises(UserError, match='a process that reads lines has ended: DataLoader worker'): list(SampleDL(SampleSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=4, num_workers=1))
 
 PROGRAM = '''
 import sys, hashlib, time
 from pathlib import Path
 from distillbook.rec.files import *
+from distillbook.samples import SampleDL, SampleSet, label_files
 folder,skip,slow = Path(sys.argv[1]),int(sys.argv[2]),float(sys.argv[3])
 ops,keys = make_ops([dict(DecodeImage=dict(img_mode='BGR')), dict(RecAug=None), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))], dict(max_text_length=25))
-dl = LineDL(LineSet(label_files(folder/'list.txt', folder), ops, keys, seed=3), bs=4, shuffle=True, num_workers=2)
+dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, seed=3), bs=4, shuffle=True, num_workers=2)
 dl.set_epoch(2, skip=skip)
 for b in dl:
     print(hashlib.sha1(b''.join(o.numpy().tobytes() for o in b)).hexdigest(), flush=True)

@@ -9,6 +9,7 @@ from distillbook.core import UserError
 from distillbook.rec.backbone import *
 from distillbook.rec.neck import *
 from distillbook.rec.nets import *
+from distillbook.layers import *
 from distillbook.weights import load_onnx, load_paddle, teacher_file
 from weights_formula import fill
 

@@ -244,3 +244,22 @@ def test_targets_of_several_tensors(xy):
                      Term(lambda a,b,targets: dkd(a,b,targets[0]), 'Student','Teacher',name='dkd'))
     outs = loss.nets(x)
     torch.testing.assert_close(loss(outs, y, torch.ones(8)), F.cross_entropy(outs['Student'],y)+kd(outs['Student'],outs['Teacher'])+dkd(outs['Student'],outs['Teacher'],y))
+
+def test_a_function_that_is_for_training_only():
+    "Its term is left out of the validation loss, through any number of partials; alone, it makes that NaN"
+    def scaled(x, y, by=1.): return (x*by - y).square().mean()
+    scaled.train_only = True
+    nets = Nets(dict(A=nn.Linear(3, 3)))
+    xb,yb = (torch.ones(2, 3),),(torch.zeros(2, 3),)
+    twice = partial(partial(scaled, by=2.), by=3.)
+    terms = Terms(nets, [Term(twice, 'A', name='twice'), Term(F.mse_loss, 'A', name='mse')])
+    terms.connect(xb, yb)
+    assert terms.train_only=={'twice'}
+    outs = nets.eval()(*xb)
+    terms(outs, *yb)
+    assert list(terms.parts)==['mse']
+    terms(nets.train()(*xb), *yb)
+    assert list(terms.parts)==['twice','mse']
+    alone = Terms(nets, Term(scaled, 'A'))
+    alone.connect(xb, yb)
+    assert alone(nets.eval()(*xb), *yb).isnan()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core import UserError, unknown
-from .backbone import construct, conv_bn, named
+from ..layers import construct, conv_bn, named
 
 # %% ../../nbs/reading/04_neck.ipynb #a07ccd41
 class Attention(nn.Module):

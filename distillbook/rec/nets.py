@@ -6,13 +6,14 @@ Docs: https://distillbook.github.io/distillbook/reading/nets.html.md"""
 
 # %% auto #0
 __all__ = ['BACKBONES', 'NET_KEYS', 'HEADS', 'CTCHead', 'RecNet', 'ppocrv3_rec', 'MultiHead', 'RecModel', 'build_backbone',
-           'build_head', 'build_rec', 'PaddleBatchNorm2d', 'paddle_batchnorm', 'Sliced', 'Residual', 'PlainStudent']
+           'build_head', 'build_rec', 'Sliced', 'Residual', 'PlainStudent']
 
 # %% ../../nbs/reading/07_nets.ipynb #1a1c0f70
 import torch
 from torch import nn
 from ..core import UserError, unknown
-from .backbone import MobileNetV1Enhance, SE, TimmBackbone, construct, conv_bn, named, other_backbone, separable
+from ..layers import PaddleBatchNorm2d, construct, conv_bn, named, paddle_batchnorm, part
+from .backbone import MobileNetV1Enhance, SE, TimmBackbone, other_backbone, separable
 from .neck import Attention, Block, EncoderWithRNN, EncoderWithSVTR, SequenceEncoder, sequence_encoder
 from .sar import SARHead, valid_columns
 
@@ -133,15 +134,10 @@ def build_backbone(
     where:str='Backbone', # Where it was written, for messages
 )->nn.Module: # Has `out_channels`
     "One of `BACKBONES`, or one that is not ours, see `other_backbone`"
-    name,kwargs = _part(cfg, where)
+    name,kwargs = part(cfg, where)
     if name in BACKBONES: return construct(BACKBONES[name], kwargs, where)
     if '.' in name: return other_backbone(name, where, **kwargs)
     raise unknown('backbone', name, [*BACKBONES, 'timm.NAME', 'package.module.Class'], where)
-
-def _part(cfg, where, key='name'):
-    if not isinstance(cfg, dict) or not isinstance(cfg.get(key), str): raise UserError(f"{where}: wants a {key!r}, and arguments beside it, not {cfg!r}")
-    if odd := [k for k in cfg if not isinstance(k, str)]: raise UserError(f"{where}: keys are text, not {odd[0]!r}")
-    return cfg[key], {k: v for k,v in cfg.items() if k!=key}
 
 # %% ../../nbs/reading/07_nets.ipynb #daf8273d
 HEADS = dict(CTCHead=(CTCHead, 'CTCLabelDecode'), SARHead=(SARHead, 'SARLabelDecode'))
@@ -153,7 +149,7 @@ def build_head(
     where:str='Head', # Where it was written, for messages
 )->nn.Module:
     "A `CTCHead`, a `SARHead`, or a `MultiHead` of both"
-    name,kwargs = _part(cfg, where)
+    name,kwargs = part(cfg, where)
     if name=='MultiHead': return _multi_head(kwargs, in_channels, out_channels, where)
     if name not in HEADS: raise unknown('head', name, [*HEADS, 'MultiHead'], where)
     cls,labels = HEADS[name]
@@ -175,7 +171,7 @@ def _multi_head(kwargs, in_channels, out_channels, where):
     at = {name: f'{where}.{i}.{name}' for i,name in enumerate(heads)}
     for key in heads['CTCHead']:
         if key not in ('Neck', 'Head'): raise unknown('key', key, ('Neck', 'Head'), at['CTCHead'])
-    encoder_type,neck = _part(heads['CTCHead'].get('Neck'), f"{at['CTCHead']}.Neck")
+    encoder_type,neck = part(heads['CTCHead'].get('Neck'), f"{at['CTCHead']}.Neck")
     neck = sequence_encoder(in_channels, encoder_type, f"{at['CTCHead']}.Neck", **neck)
     def head(name, kwargs, n, where):
         if not isinstance(kwargs or {}, dict): raise UserError(f"{where}: names and values are wanted, not {kwargs!r}")
@@ -197,30 +193,12 @@ def build_rec(
         if not arch.get(k): raise UserError(f"{where}: there is no {k}")
     backbone,neck = build_backbone(arch['Backbone'], f'{where}.Backbone'),None
     if arch.get('Neck'):
-        at,(name,kwargs) = f'{where}.Neck',_part(arch['Neck'], f'{where}.Neck')
+        at,(name,kwargs) = f'{where}.Neck',part(arch['Neck'], f'{where}.Neck')
         if name!='SequenceEncoder': raise unknown('neck', name, ['SequenceEncoder'], at)
-        encoder_type,kwargs = _part(kwargs, at, 'encoder_type')
+        encoder_type,kwargs = part(kwargs, at, 'encoder_type')
         neck = sequence_encoder(backbone.out_channels, encoder_type, at, **kwargs)
     head = build_head(arch['Head'], (neck or backbone).out_channels, out_channels, f'{where}.Head')
     return RecModel(backbone, neck, head, bool(arch.get('return_all_feats')))
-
-# %% ../../nbs/reading/07_nets.ipynb #9d359b93
-class PaddleBatchNorm2d(nn.BatchNorm2d):
-    "Batch norm whose running variance is the mean of the batches' biased ones, as Paddle's is"
-    def forward(self, x):
-        if not self.training: return super().forward(x)
-        old = self.running_var*(1-self.momentum)
-        y = super().forward(x)
-        self.running_var.data.lerp_(old, x.shape[1]/x.numel())
-        return y
-
-def paddle_batchnorm(
-    model:nn.Module, # Changed in place
-)->nn.Module: # `model`
-    "Turn every `nn.BatchNorm2d` into a `PaddleBatchNorm2d`"
-    for m in model.modules():
-        if type(m) is nn.BatchNorm2d and m.track_running_stats and m.momentum is not None: m.__class__ = PaddleBatchNorm2d
-    return model
 
 # %% ../../nbs/reading/07_nets.ipynb #72483265
 class Sliced(nn.Module):
