@@ -113,17 +113,19 @@ def _trained(config, run, overrides):
 # %% ../nbs/practice/05_cli.ipynb #c2788e63
 @app.command()
 def predict(
-    images: list[str] = typer.Argument(None, metavar='IMAGE...', help='Pictures of one line each: files, folders or globs'),
+    images: list[str] = typer.Argument(None, metavar='IMAGE...', help='Pictures of one line each, or for a detector of whole pages: files, folders or globs'),
     run: Path = typer.Option(None, '--run', help="A run's folder, e.g. runs/quickstart"),
     config: Path = typer.Option(None, '-c', '--config', help="Or one of PaddleOCR's YAML files; with -o Global.pretrained_model=FILE"),
     override: list[str] = typer.Option([], '-o', '--override', metavar='KEY=VALUE...', help='Change values of the configuration'),
     as_json: bool = typer.Option(False, '--json', help='A JSON list instead of a table'),
 ):
-    """Read pictures of lines with what was trained.
+    """Read pictures of lines, or find the lines on pages, with what was trained.
 
     Examples: distillbook predict --run runs/quickstart word.png 'scans/*.png'
 
     distillbook predict -c rec.yml -o Global.pretrained_model=output/best_accuracy Global.infer_img=words
+
+    distillbook predict --run output/det pages    (a detector: draws its boxes into output/det/det_results_NET)
     """
     with one_line_errors():
         more = [o for o in images or [] if '=' in o and not Path(o).exists()]
@@ -131,6 +133,7 @@ def predict(
         if run is not None and config is None and _of_first_run(run): rows = _read_first_run(run, images, [*override, *more])
         else: rows = _read(run, config, images, [*override, *more])
         if as_json: return print(json.dumps(rows, ensure_ascii=False))
+        if rows and not list(_flat(rows)): return console.print(_boxes(rows))
         t = Table('image', *(['network'] if any('network' in r for r in _flat(rows)) else []), 'text', 'confidence')
         for r in _flat(rows): t.add_row(*([Text(r['image'])] + ([r['network']] if 'network' in r else []) + [Text(r['text']), f"{r['confidence']:.3f}"]))
         console.print(t)
@@ -143,9 +146,12 @@ def _read_first_run(run, images, overrides):
 
 def _read(run, config, images, overrides):
     cfg = _trained(config, run, overrides)
-    from distillbook.training import predict_config, save_reads
-    rows = predict_config(cfg, images)
-    if config is not None and cfg['Global'].get('save_res_path'): save_reads(rows, cfg['Global']['save_res_path'])
+    from distillbook.training import draw_found, predict_config, save_reads, task
+    rows,to = predict_config(cfg, images),cfg['Global'].get('save_res_path') if config is not None else None
+    if to: save_reads(rows, to)
+    if task(cfg)=='det':
+        made = draw_found(rows, run or Path(to or 'output/predict.txt').parent)
+        print(f"distillbook: {len(made)} pictures drawn in {', '.join(dict.fromkeys(str(p.parent) for p in made))}", file=sys.stderr)
     return rows
 
 # %% ../nbs/practice/05_cli.ipynb #55fcf652
@@ -161,7 +167,15 @@ def _flat(rows):
     for r in rows:
         if 'text' in r: yield r
         elif 'label' in r: yield dict(image=r['image'], text=r['label'], confidence=r['score'])
-        else: yield from (dict(image=r['image'], network=n, text=v['label'], confidence=v['score']) for n,v in r.items() if n!='image')
+        else: yield from (dict(image=r['image'], network=n, text=v['label'], confidence=v['score']) for n,v in r.items() if n!='image' and isinstance(v, dict))
+
+def _boxes(rows):
+    "A row a picture and network: how many boxes, and how sure"
+    t = Table('image', 'network', 'boxes', 'mean score')
+    for r in rows:
+        for n,v in r.items():
+            if n!='image': t.add_row(Text(r['image']), '' if n=='boxes' else n, str(len(v)), f"{sum(o['score'] for o in v)/len(v):.3f}" if v else '')
+    return t
 
 # %% ../nbs/practice/05_cli.ipynb #0de0c360
 @app.command()

