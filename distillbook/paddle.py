@@ -7,7 +7,7 @@ Docs: https://distillbook.github.io/distillbook/practice/paddle.html.md"""
 # %% auto #0
 __all__ = ['KEYS', 'log', 'STAND_INS', 'PARTS', 'LOSSES', 'READERS', 'METRICS', 'Config', 'place', 'within', 'existing',
            'check_keys', 'dictionary', 'characters', 'DistillationModel', 'net_names', 'task', 'build_model',
-           'load_into', 'as_released', 'ctc_of', 'sar_of', 'nrtr_of', 'dkd_of', 'kl_of', 'db_of', 'dila_of',
+           'as_released', 'load_into', 'ctc_of', 'sar_of', 'nrtr_of', 'dkd_of', 'kl_of', 'db_of', 'dila_of',
            'target_places', 'checked_entry', 'entry_terms', 'build_terms', 'ConfigLoss', 'build_loss', 'build_decoder',
            'ConfigMetric', 'build_metric', 'build_set', 'picture_ops', 'build_dl', 'build_dls', 'check']
 
@@ -213,6 +213,19 @@ def _builder(cfg):
     classes = dict(CTCLabelDecode=len(Alphabet(chars)), SARLabelDecode=len(SARClasses(chars)))
     return lambda part, where: paddle_batchnorm(build_rec(part, classes, where))
 
+STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'}
+
+def as_released(
+    part:dict, # A network of `Models`
+)->dict: # The same; without a threshold branch, if it is frozen and has the weights of a released detector
+    "A teacher as its file holds it"
+    path,head = str(part.get('pretrained')),part.get('Head')
+    released = path in TEACHERS or path.endswith('.onnx') or _stand_in(path) and not any(Path(f'{path}{s}').exists() for s in ('', '.pdparams', '.pth'))
+    if not (released and part.get('freeze_params') and isinstance(head, dict) and head.get('name')=='DBHead'): return part
+    return {**part, 'Head': {**head, 'thresh': False}}
+
+def _stand_in(path): return next((v for k,v in STAND_INS.items() if k in Path(str(path)).parts), None)
+
 def _one_net(cfg, name, build):
     where = ('Architecture','Models',name)
     with within(cfg, *where):
@@ -225,8 +238,6 @@ def _one_net(cfg, name, build):
     return net
 
 # %% ../nbs/practice/02_paddle.ipynb #fbc46939
-STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'}
-
 def load_into(
     net:nn.Module, # One network, or a whole model
     path, # With or without suffix, or the name of a released model
@@ -239,17 +250,6 @@ def load_into(
         arrays = read_pdparams(path)
         if not _load_backbone(net, arrays, path): load_paddle(net, arrays, path)
     else: _load_state(net, load_file(path), path)
-
-def as_released(
-    part:dict, # A network of `Models`
-)->dict: # The same; without a threshold branch, if it is frozen and has the weights of a released detector
-    "A teacher as its file holds it"
-    path,head = str(part.get('pretrained')),part.get('Head')
-    released = path in TEACHERS or path.endswith('.onnx') or _stand_in(path) and not any(Path(f'{path}{s}').exists() for s in ('', '.pdparams', '.pth'))
-    if not (released and part.get('freeze_params') and isinstance(head, dict) and head.get('name')=='DBHead'): return part
-    return {**part, 'Head': {**head, 'thresh': False}}
-
-def _stand_in(path): return next((v for k,v in STAND_INS.items() if k in Path(str(path)).parts), None)
 
 def _weights_file(path):
     if str(path) in TEACHERS: return teacher_file(str(path))

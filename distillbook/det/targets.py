@@ -83,6 +83,7 @@ def inside_page(
     sides = np.maximum.reduceat(p, starts)-np.minimum.reduceat(p, starts)
     return [c[::-1] if a>0 else c for c,a in zip(np.split(p, starts[1:]), area)],abs(area),sides.min(1)
 
+# %% ../../nbs/finding/01_targets.ipynb #6b4db78c
 def shrink_targets(
     polys, # P polygons in pixels, [P,K,2] or a list of [K,2]
     ignore, # Which words do not count, bool [P]
@@ -129,6 +130,7 @@ def along(
     v,q = f*slope[i],f*f-(np.square(b-a)/4)[i]
     return corners,near,edges,v*v+(delta/c/reach**2)[i]*q+(5e-16*c/reach**2)[i],v,q-(delta/4)[i]
 
+# %% ../../nbs/finding/01_targets.ipynb #db456ba7
 def outlines(
     polys:list, # P arrays float32 [K,2], pixels
     reach, # Where the ramp of each is down, pixels [P]
