@@ -69,7 +69,7 @@ def get_teacher(
 )->nn.Module: # From pictures to logits of `alphabet`
     "The released teacher, cut to an alphabet, its answers kept on disk"
     name = cfg['Architecture']['Models']['Teacher']['pretrained']
-    net,its_alphabet = load_teacher(name)
+    net,its_alphabet = load_teacher(name, task='rec')
     sha = hashlib.sha256(teacher_file(name).read_bytes()).hexdigest()
     net = folded(Sliced(net, alphabet.columns_in(its_alphabet))).to(memory_format=torch.channels_last)
     return CachedNet(net, Path(cfg['Global']['save_model_dir'])/'words'/'answers.bin', f"{sha} {''.join(alphabet.chars)}").eval()

@@ -38,7 +38,8 @@ class MapHead(nn.Module):
     def forward(self, x):
         x = self.conv_bn1(self.conv1(x)).relu()
         x = self.conv_bn2(self.conv2(x)).relu()
-        return self.conv3(x).sigmoid()
+        x = self.conv3(x)
+        return x.to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
 
 # %% ../../nbs/finding/06_nets.ipynb #2e9174f0
 def step(
