@@ -88,7 +88,7 @@ NAMES = { # A spot, what stands there instead of a name, and what the message mu
 VALUES = [ # A spot, what stands there, and what the message must have
     (f'{NET}Backbone.name', 'MobileNetV1Enhanced', 'Student', 'Backbone', "'MobileNetV1Enhance'"), (f'{NET}Backbone.name', 'timm.nosuch', 'Student', 'timm'), (f'{NET}Backbone.name', 'nowhere.Net', 'Student', 'nowhere'), (f'{NET}Head.name', 'MultiHed', 'Student', "'MultiHead'"),
     (f'{CTC}.Neck.name', 'svt', 'Student', 'Neck', "'svtr'"), (f'{CTC}.Neck.dims', 'many', 'Student', 'Neck'), (f'{NET}Backbone.scale', 'half', 'Student', 'Backbone'), (f'{NET}Transform', {'name': 'TPS'}, 'Student', 'Transform'),
-    ('Architecture.name', 'DistilationModel', 'Architecture.name', "'DistillationModel'"), ('Architecture.model_type', 'det', 'Architecture.model_type', 'det'),
+    ('Architecture.name', 'DistilationModel', 'Architecture.name', "'DistillationModel'"), ('Architecture.model_type', 'dett', 'Architecture.model_type', "'det'"),
     ('Loss.name', 'CombinedLos', 'Loss.name', "'CombinedLoss'"), (LOSS+'0.DistillationDMLLoss.model_name_pairs', [['Student','Techer']], LOSS+'0.DistillationDMLLoss', "'Techer'", "'Teacher'"), (LOSS+'3.DistillationCTCLoss.model_name_list', ['Studnt'], LOSS+'3', "'Student'"),
     (LOSS+'0.DistillationDMLLoss.weight', 'heavy', LOSS+'0', 'weight', 'heavy'), (LOSS+'0.DistillationDMLLoss.weight', None, LOSS+'0', 'weight'), (LOSS+'0.DistillationDMLLoss.dis_head', 'gtc', 'gtc'), (LOSS+'2.DistillationDistanceLoss.key', 'bakbone_out', 'bakbone_out', "backbone_out"), (LOSS+'2.DistillationDistanceLoss.mode', 'l3', 'l3', 'l2'),
     (LOSS+'0.DistillationDMLLoss.act', 'softmx', 'softm'),
