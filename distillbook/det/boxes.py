@@ -132,10 +132,13 @@ def scale(
 
 # %% ../../nbs/finding/08_boxes.ipynb #6ba90c28
 def regions(
-    maps, # Tensor or array [N,C,H,W]
+    maps, # Tensor or array [N,C,H,W], or a dict with it as 'maps'
     shapes, # [N,4]: source height and width, ratios of height and width
 )->tuple: # N maps float32 [h,w] without padding, and the widths and heights of the pictures and of the maps, [N,2] each
     "The first channel of each map of a batch, cut to where its picture was"
+    if isinstance(maps, dict):
+        if 'maps' not in maps: raise unknown('entry', 'maps', maps, 'the output of the network')
+        maps = maps['maps']
     if getattr(maps, 'ndim', 0)!=4: raise UserError(f"maps [N,C,H,W] are wanted, not {list(getattr(maps, 'shape', [])) or type(maps).__name__}")
     maps = maps[:,0].detach().float().cpu().numpy() if isinstance(maps, torch.Tensor) else maps[:,0].astype(np.float32, copy=False)
     shapes = np.asarray(shapes.detach().cpu() if isinstance(shapes, torch.Tensor) else shapes)
@@ -159,6 +162,9 @@ class DBPostProcess:
     ):
         for k,v,known in (('score_mode',score_mode,['fast','slow']), ('box_type',box_type,['quad','poly'])):
             if v not in known: raise unknown(k, v, known, 'DBPostProcess')
+        for k,v in dict(thresh=thresh, box_thresh=box_thresh, max_candidates=max_candidates, unclip_ratio=unclip_ratio).items():
+            kinds,word = ((int,),'whole number') if k=='max_candidates' else ((int,float),'number')
+            if isinstance(v, bool) or not isinstance(v, kinds) or not 0<=v<np.inf: raise UserError(f"DBPostProcess: {k} is a {word} from 0, not {v!r}")
         self.outline = dict(thresh=thresh, use_dilation=use_dilation, max_candidates=max_candidates)
         self.find = dict(box_thresh=box_thresh, unclip_ratio=unclip_ratio)
         self.poly = use_polygon or box_type=='poly'
@@ -168,7 +174,7 @@ class DBPostProcess:
         shapes, # [N,4]: height and width of the source picture, and how much larger the net's picture was in each direction
     )->list: # N dicts: points int32 [B,4,2] (a list of [K,2] for polygons), pixels of the source picture, and scores float64 [B]
         "Boxes of a batch"
-        probs,to,size = regions(maps['maps'] if isinstance(maps, dict) else maps, shapes)
+        probs,to,size = regions(maps, shapes)
         found = [outlines(o, **self.outline) for o in probs]
         points,scores,owner = (find_polys if self.poly else find_quads)(probs, found, **self.find)
         if self.poly:
