@@ -21,7 +21,7 @@ from distillbook.det.pages import render_page
 from distillbook.det.targets import border_targets, shrink_targets
 from distillbook.learner import distill_learner
 from distillbook.terms import Term
-from distillbook.weights import load_teacher
+from distillbook.teachers import load_teacher
 from distillbook.words import font_files, make_words
 
 SIDE,PAGES,TEST,BS,LR = 256,480,150,8,3e-3

