@@ -7,7 +7,7 @@ Docs: https://distillbook.github.io/distillbook/practice/run.html.md"""
 # %% auto #0
 __all__ = ['word_sets', 'spelled', 'get_teacher', 'get_nets', 'get_terms', 'ShowProgress', 'MetricsCSV', 'read_all', 'batches',
            'score', 'ms_per_image', 'save_figure', 'plot_curves', 'plot_reads', 'timed', 'make_learner', 'ask', 'judge',
-           'train', 'show_summary', 'load_student', 'predict']
+           'train', 'show_summary', 'load_student', 'predict', 'trained_run', 'judge_run']
 
 # %% ../nbs/practice/06_run.ipynb #2f648fe2
 import copy, csv, hashlib, io, json, time
@@ -27,6 +27,7 @@ from .core import UserError, write_beside
 from .learner import DistillLearner, distill_learner
 from .losses import dml, kd
 from .terms import Term
+from .training import Trained
 from .rec.data import Lines, normalise, read_image, rendered_set, word_dls
 from .samples import image_paths
 from .words import font_files, make_words
@@ -339,3 +340,33 @@ def predict(
     net,alphabet = load_student(run)
     paths = image_paths(images)
     return [dict(image=str(p), text=text, confidence=round(conf, 4)) for p in paths for text,conf in ctc_decode(net(torch.from_numpy(read_image(p, grow=True))[None]), alphabet)]
+
+# %% ../nbs/practice/06_run.ipynb #27de0b9e
+def trained_run(
+    run, # A run's folder
+)->Trained:
+    "The students of a run, ready to be used elsewhere"
+    student,alphabet = load_student(run)
+    cfg,last,nets = load_config(Path(run)/'config.yml'),load_file(Path(run)/'last.pth'),dict(Student=student)
+    for n in ('Student2','Twin'):
+        state = {k.removeprefix(f'{n}.'): v for k,v in last.get('model', {}).items() if k.startswith(f'{n}.')}
+        if not state: continue
+        nets[n] = copy.deepcopy(student)
+        try: nets[n].load_state_dict(state)
+        except RuntimeError as e: raise UserError(f"{Path(run)/'last.pth'} does not hold the {n} of {Path(run)/'config.yml'}: {str(e).splitlines()[-1].strip()}") from e
+    return Trained(nets, 'rec', alphabet, (3,48,None), (.5,)*3, (.5,)*3, _numbers(Path(run)/'summary.json', nets, last), cfg)
+
+def _numbers(path, nets, last):
+    try: kept = json.loads(path.read_text())
+    except (OSError, ValueError): return {}
+    measured = [n for n in nets if n!='Student' or kept.get('best', {}).get('epoch')==last['epoch']]
+    return {f'{n}_{s}_{k}': v for n in measured for s in ('heldout','unseen_font') for k,v in kept.get(n, {}).get(s, {}).items()}
+
+def judge_run(
+    run, # A run's folder
+)->dict: # E.g. Student_heldout_exact
+    "What the students of a run read in the words kept for the end"
+    ready = trained_run(run)
+    cfg = {**ready.config, 'Global': {**ready.config['Global'], 'save_model_dir': str(run)}}
+    scores,_ = judge(ready.nets, word_sets(cfg), ready.alphabet)
+    return {f'{n}_{s}_{k}': v for n,o in scores.items() for s,kv in o.items() for k,v in kv.items()}
