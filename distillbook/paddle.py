@@ -7,9 +7,10 @@ Docs: https://distillbook.github.io/distillbook/practice/paddle.html.md"""
 # %% auto #0
 __all__ = ['KEYS', 'log', 'STAND_INS', 'PARTS', 'LOSSES', 'READERS', 'METRICS', 'Config', 'place', 'within', 'existing',
            'check_keys', 'dictionary', 'characters', 'DistillationModel', 'net_names', 'task', 'build_model',
-           'as_released', 'load_into', 'ctc_of', 'sar_of', 'nrtr_of', 'dkd_of', 'kl_of', 'db_of', 'dila_of',
-           'target_places', 'checked_entry', 'entry_terms', 'build_terms', 'ConfigLoss', 'build_loss', 'build_decoder',
-           'ConfigMetric', 'build_metric', 'build_set', 'picture_ops', 'build_dl', 'build_dls', 'check']
+           'as_released', 'ReleasedReader', 'load_into', 'ctc_of', 'sar_of', 'nrtr_of', 'dkd_of', 'kl_of', 'db_of',
+           'dila_of', 'target_places', 'checked_entry', 'entry_terms', 'build_terms', 'ConfigLoss', 'build_loss',
+           'build_decoder', 'ConfigMetric', 'build_metric', 'build_set', 'picture_ops', 'build_dl', 'build_dls',
+           'check']
 
 # %% ../nbs/practice/04_paddle.ipynb #d5d9f18c
 import difflib, hashlib, inspect, logging, re
@@ -19,12 +20,14 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
 from fastai.data.core import DataLoaders
+from .cache import CachedNet
 from .checkpoint import load_file
 from .core import UserError, unknown, write_beside
 from .losses import distance, dkd, dml_paddle, kl_paddle
 from .nets import Nets, Targets, look_up
 from .terms import Term
 from .released import TEACHERS, cache_dir, teacher_file
+from .teachers import load_teacher
 from .weights import load_onnx, load_paddle, paddle_state, read_pdparams
 from .det.boxes import DBPostProcess
 from .det.losses import MAPS, balance_loss, dice_loss, dila_db, dml_maps, masked_l1, one_map
@@ -36,7 +39,7 @@ from .rec.decode import RecMetric, ctc_decode, label_texts, sar_decode
 from .rec import files as rec_files
 from .rec.labels import Alphabet, SARClasses, read_characters
 from .rec.losses import ctc_logits_kd, ctc_loss, next_chars, nrtr_loss
-from .rec.nets import build_rec
+from .rec.nets import Sliced, build_rec
 from .samples import SampleDL, SampleSet, label_files, lmdb_lines, sample_dls
 from .rec.sar import sar_loss
 
@@ -84,17 +87,17 @@ def existing(
 
 # %% ../nbs/practice/04_paddle.ipynb #be0ba1e3
 KEYS = {
-    '': ('Global Architecture Loss Optimizer PostProcess Metric Train Eval', 'profiler_options'),
+    '': ('Global Architecture Loss Optimizer PostProcess Metric Train Eval wandb', 'profiler_options'),
     'Global': ('use_gpu use_amp epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step eval_batch_step cal_metric_during_train pretrained_model checkpoints'
-               ' infer_img character_dict_path max_text_length use_space_char infer_mode save_res_path seed threads',
-               'debug use_visualdl distributed d2s_train_image_shape save_inference_dir amp_custom_black_list amp_custom_white_list amp_level amp_dtype scale_loss use_dynamic_loss_scaling'
-               ' use_xpu use_npu use_mlu use_tensorrt print_mem_info uniform_output_enabled calc_epoch_interval character_type model_name use_wandb save_ckpt_to_wandb log_ranks to_static export_with_pir'),
+               ' infer_img character_dict_path max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads pretrained_dict_path use_tensorboard use_wandb',
+               'debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list amp_level amp_dtype scale_loss use_dynamic_loss_scaling'
+               ' use_xpu use_npu use_mlu use_tensorrt print_mem_info uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb log_ranks to_static export_with_pir'),
     'Architecture': ('model_type name algorithm Models Transform Backbone Neck Head return_all_feats', 'in_channels out_channels'),
-    'Model': ('pretrained freeze_params return_all_feats model_type algorithm Transform Backbone Neck Head', 'in_channels out_channels'),
+    'Model': ('pretrained freeze_params cache return_all_feats model_type algorithm Transform Backbone Neck Head', 'in_channels out_channels'),
     'Loss': ('name loss_config_list weight_1 weight_2 use_focal_loss ignore_index balance_loss main_loss_type alpha beta ohem_ratio eps', ''),
     'PostProcess': ('name model_name key multi_head use_space_char character_dict_path rm_symbol thresh box_thresh max_candidates unclip_ratio use_dilation score_mode box_type use_polygon', 'type'),
     'Metric': ('name base_metric_name main_indicator key ignore_space is_filter', ''),
-    'dataset': ('name data_dir label_file_list ratio_list delimiter ext_op_transform_idx transforms seed', 'ds_width gt_label_file use_tools'),
+    'dataset': ('name data_dir label_file_list ratio_list delimiter ext_op_transform_idx transforms seed variants', 'ds_width gt_label_file use_tools'),
     'loader': ('shuffle batch_size_per_card drop_last num_workers buckets', 'use_shared_memory num_sections collate_batch'),
     'Side': ('dataset loader', ''),
 }
@@ -232,11 +235,45 @@ def _one_net(cfg, name, build):
     with within(cfg, *where):
         part = cfg['Architecture']['Models'][name]
         if not isinstance(part, dict): raise UserError(f"a network is wanted, with Backbone and Head, not {part!r}")
+        if not (part.get('Backbone') or part.get('Head')): return _released_net(cfg, part)
         part = as_released(part)
         net = build({k: v for k,v in part.items() if k not in KEYS['Model'][1]}, where='.'.join(where))
     with within(cfg, *where, 'pretrained'):
         if part.get('pretrained'): load_into(net, part['pretrained'])
     return net
+
+# %% ../nbs/practice/04_paddle.ipynb #b2972715
+class ReleasedReader(nn.Module):
+    "A released recogniser, its outputs under PaddleOCR's names"
+    def __init__(self,
+        net, # [N,3,H,W] to logits [N,T,C]
+    ):
+        super().__init__()
+        self.net = net
+
+    def forward(self,
+        x, # Pictures [N,3,H,W]
+        whole:bool=None, # Logits, as in training? Else probabilities
+    ):
+        y = self.net(x)
+        return dict(head_out=dict(ctc=y)) if whole else dict(head_out=y.softmax(-1))
+
+def _released_net(cfg, part):
+    for k in part:
+        if k not in ('pretrained','freeze_params','cache','model_type','algorithm'): raise unknown('key', k, ['pretrained','freeze_params','cache','Backbone','Head'])
+    if not part.get('pretrained'): raise UserError("a network wants a Backbone and a Head, or the name of a released one as pretrained")
+    if not part.get('freeze_params'): raise UserError("a network without Backbone and Head is a released one, which can only teach: freeze_params: true")
+    got = load_teacher(part['pretrained'], task=task(cfg))
+    if task(cfg)=='det': return _kept(cfg, part, got)
+    net,its = got
+    return ReleasedReader(_kept(cfg, part, Sliced(net, Alphabet(characters(cfg)).columns_in(its))))
+
+def _kept(cfg, part, net):
+    "With its answers kept, if the configuration asks for that"
+    if not part.get('cache'): return net
+    folder = Path(cfg['Global'].get('save_model_dir') or 'output')/'answers' if part['cache'] is True else Path(part['cache'])
+    about = f"{part['pretrained']} {hashlib.sha256(teacher_file(part['pretrained']).read_bytes()).hexdigest()} {hashlib.sha256(''.join(characters(cfg)).encode()).hexdigest() if task(cfg)=='rec' else ''}"
+    return CachedNet(net, folder/f"{Path(str(part['pretrained'])).stem}.bin", about).eval()
 
 # %% ../nbs/practice/04_paddle.ipynb #fbc46939
 def load_into(

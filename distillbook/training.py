@@ -141,7 +141,7 @@ class ShowBar(Callback):
 def _unloaded(cfg):
     "The configuration without paths of weights, which the whole model's will replace"
     arch = cfg['Architecture']
-    if 'Models' in arch: arch = {**arch, 'Models': {n: {**as_released(m), 'pretrained': None} for n,m in arch['Models'].items()}}
+    if 'Models' in arch: arch = {**arch, 'Models': {n: {**as_released(m), 'pretrained': None} if m.get('Backbone') else m for n,m in arch['Models'].items()}}
     res = Config({**cfg, 'Architecture': arch, 'Global': {**cfg['Global'], 'pretrained_model': None}})
     res.path,res.lines = getattr(cfg, 'path', ''),getattr(cfg, 'lines', {})
     return res
