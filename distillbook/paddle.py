@@ -21,14 +21,13 @@ import numpy as np, torch
 from torch import nn, Tensor
 from fastai.data.core import DataLoaders
 from .cache import CachedNet
-from .checkpoint import load_file
 from .core import UserError, unknown, write_beside
 from .losses import distance, dkd, dml_paddle, kl_paddle
 from .nets import Nets, Targets, look_up
 from .terms import Term
 from .released import TEACHERS, cache_dir, teacher_file
 from .teachers import load_teacher
-from .weights import load_onnx, load_paddle, paddle_state, read_pdparams
+from .weights import load_weights, weights_file
 from .det.boxes import DBPostProcess
 from .det.losses import MAPS, balance_loss, dice_loss, dila_db, dml_maps, masked_l1, one_map
 from .det.metric import DetMetric
@@ -282,46 +281,15 @@ def load_into(
 ):
     "Load weights, all of them or a `UserError`"
     if str(path).startswith(('http://','https://')): raise UserError(f"{path}: fetch the file first, and give its path")
-    path = _weights_file(path)
-    if path.suffix=='.onnx': load_onnx(net, path)
-    elif path.suffix=='.pdparams':
-        arrays = read_pdparams(path)
-        if not _load_backbone(net, arrays, path): load_paddle(net, arrays, path)
-    else: _load_state(net, load_file(path), path)
+    load_weights(net, _weights_file(path))
 
 def _weights_file(path):
-    if str(path) in TEACHERS: return teacher_file(str(path))
     known = _stand_in(path)
-    try: path = existing(path, ('', '.pdparams', '.pth'))
+    try: return weights_file(path)
     except UserError as e:
         if known is None: raise UserError(f"{e} (to do without, say nothing there: -o ...=)") from None
         _say_once(f"{path} is not here; the released {known} takes its place")
         return teacher_file(known)
-    return existing(path/'best_accuracy', ('.pdparams', '.pth')) if path.is_dir() else path
-
-def _load_backbone(net, arrays, path):
-    "Were these the weights of the backbone alone?"
-    if not hasattr(net, 'backbone') or any(k.startswith(('neck.','head.','Student','Teacher')) for k in arrays): return False
-    state = paddle_state(net.backbone, {k.removeprefix('backbone.'): v for k,v in arrays.items()})
-    want = {k: v.shape for k,v in net.backbone.state_dict().items() if not k.endswith('num_batches_tracked')}
-    if any(k not in state or state[k].shape!=shape for k,shape in want.items()): return False
-    net.backbone.load_state_dict({k: state[k] for k in want}, strict=False)
-    log.info('%s: weights of the backbone alone; %s begin anew%s', path, ' and '.join(n for n,m in net.named_children() if n!='backbone' and m is not None),
-             f"; not used: {', '.join([k for k in state if k not in want][:3])}" if len(state)>len(want) else '')
-    return True
-
-def _load_state(net, kept, path):
-    state = kept.get('model', kept) if isinstance(kept, dict) else {}
-    bare = {k.removeprefix('Model.'): v for k,v in state.items()}
-    fits = next((s for s in (state, bare) if set(s)==set(net.state_dict())), state)
-    missing,extra = [sorted(a-b) for a,b in ((set(net.state_dict()), set(fits)), (set(fits), set(net.state_dict())))]
-    if missing or extra:
-        nets = sorted({k.partition('.')[0] for k in extra} - {k.partition('.')[0] for k in net.state_dict()})
-        raise UserError(f"{path} does not fit: {len(missing)} weights are missing ({', '.join(missing[:3])}{', ...' if len(missing)>3 else ''}), {len(extra)} are not wanted ({', '.join(extra[:3])}"
-                        f"{', ...' if len(extra)>3 else ''}){'; it holds ' + ', '.join(nets) + ', a whole model perhaps' if nets and missing else ''}")
-    if wrong := [f"{k} is {list(getattr(fits[k], 'shape', '?'))} and not {list(v.shape)}" for k,v in net.state_dict().items() if getattr(fits[k], 'shape', None)!=v.shape]:
-        raise UserError(f"{path} does not fit: {len(wrong)} weights have other shapes ({'; '.join(wrong[:3])}{'; ...' if len(wrong)>3 else ''})")
-    net.load_state_dict(fits)
 
 # %% ../nbs/practice/04_paddle.ipynb #ab9f6137
 def _pairs(kw):

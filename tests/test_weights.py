@@ -279,7 +279,8 @@ def test_misfit(real, tmp_path, what):
     before = {k: v.clone() for k,v in net.state_dict().items()}
     fails(lambda: load_onnx(net, path), 'm.onnx does not fit RecNet', *contains)
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
-    fails(lambda: load_teacher(path), 'm.onnx does not fit RecNet')
+    if what in ('one more layer', 'another kind'): assert isinstance(load_teacher(path)[0], OnnxNet) # A network of another kind may still be asked
+    else: fails(lambda: load_teacher(path), 'm.onnx')
 
 def test_other_nets(real):
     fails(lambda: load_onnx(PlainStudent(63), real), 'does not fit PlainStudent', '36 Conv2d layers in the file')
@@ -341,7 +342,8 @@ def page(height, width, seed=0):
     return torch.tensor((image/255-[.485, .456, .406])/[.229, .224, .225]).permute(2,0,1)[None].float()
 
 def test_the_table_tells_them_apart():
-    assert {k: t.task for k,t in TEACHERS.items()}=={'PP-OCRv3_rec': 'rec', 'PP-OCRv3_det': 'det', 'ch_ppocr_server_v2.0_det': 'det'}
+    assert {k: t.task for k,t in TEACHERS.items() if t.trains}=={'PP-OCRv3_rec': 'rec', 'PP-OCRv3_det': 'det', 'ch_ppocr_server_v2.0_det': 'det'}
+    assert all(t.task==k[-3:] for k,t in TEACHERS.items())
     assert all(t.licence=='Apache-2.0' and len(t.sha256)==64 for t in TEACHERS.values())
 
 def test_detectors_equal_onnxruntime(detector):
@@ -396,7 +398,7 @@ def test_detectors_that_do_not_fit(detector, real, tmp_path):
     m = changed(path, tmp_path/'m.onnx', lambda g: g.node.remove(constant(g, 'conv2d_transpose_1.b_0')))
     fails(lambda: load_teacher(m), 'head.binarize.conv3.bias is not in the file')
     m = changed(path, tmp_path/'m.onnx', lambda g: g.node.append(const('conv2d_99.w_0', (3,3,1,1))))
-    fails(lambda: load_teacher(m), 'does not fit DetModel', 'Conv2d layers in the file')
+    assert isinstance(load_teacher(m), OnnxNet)
     m = changed(path, tmp_path/'m.onnx', lambda g: set_shape(g, 'conv2d_transpose_1.b_0', (2,)))
     fails(lambda: load_teacher(m), 'head.binarize.conv3.bias is [2] in the file, [1] in the net')
 
@@ -454,7 +456,10 @@ def test_pdparams_in_other_forms(arrays):
         for k,v in half.items():
             assert v.dtype==dtype
             np.testing.assert_allclose(v, arrays[k], rtol=rel, atol=1e-6)
-    fails(lambda: read_pdparams(GOLDEN/'tiny_nested.pdparams'), "not a plain file of weights: a dict under 'model'")
+    nested = read_pdparams(GOLDEN/'tiny_nested.pdparams')
+    assert len(nested)==6 and all(np.array_equal(nested[k], arrays[k]) for k in nested)
+    whole = read_pickle(GOLDEN/'tiny_nested.pdparams')
+    assert whole['epoch']==3 and whole['lst'][:3]==[1, 2.5, 'x'] and np.array_equal(whole['lst'][3], nested['Teacher.backbone.conv1._conv.weight'])
 
 class Call:
     "A pickle of this calls `f`"
@@ -526,7 +531,7 @@ def test_misfit_of_pdparams(arrays, what):
 
 def test_prefixes(arrays):
     nets = two()
-    fails(lambda: load_paddle(nets['Student'], arrays), "the file holds several nets, and the weights of 'Teacher' or 'Student' have the right names: take them with `sub_net`")
+    fails(lambda: load_paddle(nets['Student'], arrays), "the file holds several nets, and the weights of 'Teacher' or 'Student' have the right names: net='Teacher'")
     fails(lambda: load_paddle(nn.ModuleDict(dict(Student=nets['Student'])), sub_net(arrays, 'Student')), "the file holds one net, whose names lack the 'Student' before them")
     fails(lambda: sub_net(arrays, 'Studet'), "no net 'Studet'; did you mean 'Student'?")
     assert len(sub_net(arrays, 'Student'))==len(arrays)//2
