@@ -172,10 +172,13 @@ def _sane(cfg, path):
     "`cfg`, or a `UserError` for a value that has the right type and makes no sense"
     def no(key, why): raise UserError(f"{path}: {key}: {why}")
     g,d = cfg['Global'],{**cfg['Train']['dataset'], **cfg['Eval']['dataset']}
+    def finite(v): return abs(v)<1e18
     positive = {'Global.epoch_num': g['epoch_num'], 'Global.threads': g['threads'], 'Optimizer.lr': cfg['Optimizer']['lr'], 'Loss.temperature': cfg['Loss']['temperature'],
         'Train.loader.batch_size_per_card': cfg['Train']['loader']['batch_size_per_card'], **{f"{'Train' if k=='words' else 'Eval'}.dataset.{k}": d[k] for k in ('words','valid','heldout','unseen')}}
     for k,v in positive.items():
-        if not v>0: no(k, f'must be more than 0, not {v}')
+        if not (v>0 and finite(v)): no(k, f"must be more than 0{'' if finite(v) else ' and below 1e18'}, not {v}")
+    for k,v in {'Global.seed': g['seed'], 'Optimizer.weight_decay': cfg['Optimizer']['weight_decay'], 'Loss.ctc': cfg['Loss']['ctc'], 'Loss.kd': cfg['Loss']['kd']}.items():
+        if not (v>=0 and finite(v)): no(k, f"must be 0 or more{'' if finite(v) else ' and below 1e18'}, not {v}")
     if cfg['Train']['loader']['batch_size_per_card']>d['words']: no('Train.loader.batch_size_per_card', f"a batch of {cfg['Train']['loader']['batch_size_per_card']} is more than the {d['words']} words of Train.dataset")
     if len(set(g['alphabet']))<len(g['alphabet']) or not g['alphabet']: no('Global.alphabet', 'each character once, and at least one')
     return cfg

@@ -70,9 +70,13 @@ def forward(self:Nets,
 def _run(self:Nets, name, xb, targets):
     net,wants = self._modules[name],self.wants(name)
     kwargs = {k: v for k,v in dict(targets=targets, whole=self.training).items() if k in wants}
-    if name not in self.frozen: return net(*xb, **kwargs)
-    if any(m.training for m in net.modules()): net.eval()
-    with torch.no_grad(): return net(*xb, **kwargs)
+    try:
+        if name not in self.frozen: return net(*xb, **kwargs)
+        if any(m.training for m in net.modules()): net.eval()
+        with torch.no_grad(): return net(*xb, **kwargs)
+    except Exception as e:
+        e.add_note(f'network {name!r}')
+        raise
 
 @patch
 def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)

@@ -541,6 +541,7 @@ def build_decoder(
         name = post.get('name')
         known = [*READERS, *(f'Distillation{n}' for n in READERS)]
         if name not in known: raise unknown('decoder', name, known)
+        if cfg.get('Architecture'): _fits(cfg, name)
         read = READERS[name.removeprefix('Distillation')](cfg, post)
         if name in READERS: return lambda preds, label=None: read(_head(preds, None, name), label)
         nets = post.get('model_name') or ['student']
@@ -550,11 +551,19 @@ def build_decoder(
         return lambda preds, label=None: {n: read(_head(preds[n], post.get('key'), name), label) for n in nets}
 
 # %% ../nbs/practice/04_paddle.ipynb #91f9421f
+def _fits(cfg, name):
+    plain,several = name.removeprefix('Distillation'),'Models' in cfg['Architecture']
+    if ('DB' in name)!=(task(cfg)=='det'): raise unknown('decoder', name, [('Distillation' if several else '')+n for n in READERS if ('DB' in n)==(task(cfg)=='det')])
+    if several and name==plain: raise UserError(f"{name} is for one network; for {', '.join(net_names(cfg))} take Distillation{name}")
+    if name!=plain and not several: raise UserError(f"{name} is for networks with names; for one without take {plain}")
+
 def _head(pred, key, name):
     if 'DBPost' in name: return pred
     if key and isinstance(pred, dict) and key in pred: pred = pred[key]
     if isinstance(pred, dict) and 'head_out' in pred: pred = pred['head_out']
-    return pred['sar' if 'SAR' in name else 'ctc'] if isinstance(pred, dict) else pred
+    if not isinstance(pred, dict): return pred
+    if (head := 'sar' if 'SAR' in name else 'ctc') not in pred: raise unknown('output', head, pred, f'PostProcess: {name}')
+    return pred[head]
 
 def _are_probs(scores): return bool((scores>=0).all()) and bool(((scores.sum(-1)-1).abs()<1e-2).all())
 
@@ -614,7 +623,8 @@ def build_metric(
     with within(cfg, 'Metric'):
         m = cfg.get('Metric') or {}
         base = m.get('base_metric_name') if m.get('name')=='DistillationMetric' else m.get('name')
-        if base not in METRICS: raise unknown('metric', base, [*METRICS,'DistillationMetric'])
+        if base not in [*METRICS]: raise unknown('metric', base, [*METRICS,'DistillationMetric'])
+        if cfg.get('Architecture') and (base=='DetMetric')!=(task(cfg)=='det'): raise unknown('metric', base, ['DetMetric' if task(cfg)=='det' else 'RecMetric'])
         key = m.get('key') if m.get('name')=='DistillationMetric' else None
         if key and cfg.get('Architecture') and key not in net_names(cfg): raise unknown('net', key, net_names(cfg), place(cfg, 'Metric', 'key'))
         names = METRICS[base].names

@@ -7,7 +7,7 @@ Docs: https://distillbook.github.io/distillbook/shared/samples.html.md"""
 # %% auto #0
 __all__ = ['log', 'SUFFIXES', 'OPS', 'RAGGED', 'POOL', 'line_table', 'read_list', 'one_path', 'LabelFiles', 'label_files',
            'LMDBLines', 'lmdb_lines', 'DecodeImage', 'decode', 'read_picture', 'image_paths', 'KeepKeys', 'make_op',
-           'make_ops', 'SampleSet', 'collate', 'batch_order', 'SampleDL', 'sample_dls']
+           'make_ops', 'SampleSet', 'check_cacheable', 'collate', 'batch_order', 'SampleDL', 'sample_dls']
 
 # %% ../nbs/shared/01_samples.ipynb #94fe654b
 import cv2, glob, importlib, inspect, io, json, logging, math, multiprocessing, os, re
@@ -315,10 +315,13 @@ class SampleSet:
         seed:int=0,
         train:bool=True, # Replace a broken sample by a random other one? Otherwise it is left out
         ext_op_transform_idx:int=2, # Further lines for an operation have been through so many of `ops`
+        variants:int=None, # After so many epochs chance repeats itself; None: never
     ):
         if seed<0: raise UserError(f"seed {seed}: 0 or more")
+        if variants is not None and (type(variants) is not int or variants<1): raise UserError(f"variants: how many epochs until chance repeats itself, a whole number from 1; not {variants!r}")
         self.source,self.ops,self.keep,self.seed,self.train = source,list(ops),KeepKeys(keep_keys),seed,train
         self.first_ops,self.epoch,self.faults,self._shapes = self.ops[:ext_op_transform_idx],0,{},None
+        self.variants,self.variant = variants,0
     def __len__(self): return len(self.source)
     def set_epoch(self,
         epoch:int, # From 0; without effect in evaluation
@@ -326,7 +329,8 @@ class SampleSet:
         "Draw otherwise from now on"
         if not self.train: return
         self.epoch,before = epoch,getattr(self.source, 'rows', None)
-        if hasattr(self.source, 'set_epoch'): self.source.set_epoch(epoch)
+        self.variant = epoch%self.variants if self.variants else epoch
+        if hasattr(self.source, 'set_epoch'): self.source.set_epoch(self.variant)
         if getattr(self.source, 'rows', None) is not before: self._shapes = None
 
 # %% ../nbs/shared/01_samples.ipynb #bd3d5e96
@@ -357,7 +361,7 @@ def fetch(self:SampleSet,
     faults:list, # Gets a sentence for each fault on the way
 )->dict: # The sample, or None if it is broken and not replaced
     "Line `i` through all operations"
-    rng = np.random.default_rng([self.seed, self.epoch, i])
+    rng = np.random.default_rng([self.seed, self.variant, i])
     sample = self._line(i, rng, self.ops, faults)
     return self._another(rng, self.ops, faults) if sample is None and self.train else sample
 
@@ -378,6 +382,28 @@ def __getitem__(self:SampleSet, i):
     finally: self.note(faults)
     if sample is None: raise UserError(faults[-1])
     return self.keep(sample)
+
+# %% ../nbs/shared/01_samples.ipynb #0ca00a8a
+@patch(as_prop=True)
+def draws(self:SampleSet)->bool:
+    "Does chance have a hand in the samples? Tried on the first eight lines"
+    def drawn(i):
+        rng = np.random.default_rng(i)
+        start = rng.bit_generator.state
+        self._line(i, rng, self.ops, [])
+        return rng.bit_generator.state != start
+    return any(drawn(i) for i in range(min(8, len(self))))
+
+# %% ../nbs/shared/01_samples.ipynb #6f5f8ecd
+def check_cacheable(
+    data, # A `SampleSet`, or a `SampleDL` of one
+    where:str='variants', # What is to be said, for messages, e.g. 'Train.dataset.variants'
+):
+    "`UserError` if a teacher would be shown other pictures in each epoch, so that keeping its answers is in vain"
+    if getattr(data, 'buckets', False): raise UserError(f"{where}: a teacher's answers cannot be kept where batches are bucketed by width: how far a picture is padded depends on the others in its batch")
+    lines = getattr(data, 'dataset', data)
+    if lines.train and not lines.variants and lines.draws:
+        raise UserError(f"{where}: a teacher's answers are to be kept, but chance makes new pictures in each epoch. Say after how many epochs the pictures may come again, e.g. variants: 4; or leave out the operations that draw; or do not keep the answers")
 
 # %% ../nbs/shared/01_samples.ipynb #7ea2da79
 RAGGED = ('polys', 'ignore_tags') # Of these a picture has as many as it has words

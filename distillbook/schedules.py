@@ -87,8 +87,8 @@ def number(
 )->float:
     "A number that is not negative, also if it was given as text"
     try: x = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError): x = math.nan
-    if not (math.isfinite(x) and x>=0): raise UserError(f"{where} must be a number, 0 or more, not {value!r}")
+    except (TypeError, ValueError, OverflowError): x = math.nan
+    if not 0<=x<1e18: raise UserError(f"{where} must be a number, 0 or more{' and below 1e18' if x>0 else ''}, not {value!r}")
     return x
 
 def setting(p:inspect.Parameter, value, where:str):

@@ -119,18 +119,23 @@ def connect(self:Terms,
     if set(self.nets.frozen)!=set(self.nets.names) and not any(a.partition('.')[0] not in self.nets.frozen for t in self.terms for a in t.addresses):
         raise UserError(f"all terms are about frozen nets ({', '.join(sorted(self.nets.frozen))}), so nothing would learn")
     with dry_run(self.nets):
-        outs = self.nets.train()(*xb)
+        outs = _answers(self.nets.train(), xb)
         for t in self.terms:
             for a in t.addresses: self.nets.tap(a, outs)
         outs = self.nets(*xb) if self.nets.tapped else outs
     for t in self.terms: self._bridge(t, outs)
     with dry_run(self.nets):
         for t in self.terms: self._try(t, outs, yb)
-        outs = self.nets.eval()(*xb)
+        outs = _answers(self.nets.eval(), xb)
         self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not all(self._has(a, outs) for a in t.addresses)}
     return outs
 
 # %% ../nbs/learning/03_terms.ipynb #487abb07
+def _answers(nets, xb):
+    try: return nets(*xb)
+    except UserError: raise
+    except Exception as e: raise UserError(f"{', '.join(getattr(e, '__notes__', ['a network']))} fails on a batch {[list(o.shape) for o in xb if isinstance(o, Tensor)]}: {type(e).__name__}: {e}") from e
+
 def _mark(fn, name): return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
 
 @patch

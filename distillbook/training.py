@@ -28,8 +28,9 @@ from .det.boxes import draw_boxes
 from .det.files import NormalizeImage
 from .rec.data import read_image
 from .rec.labels import Alphabet
-from .samples import image_paths, read_picture
+from .samples import collate, image_paths, read_picture
 from .schedules import FollowSchedule, lr_schedule
+from .terms import dry_run
 
 # %% ../nbs/practice/05_training.ipynb #746ad184
 @torch.no_grad()
@@ -151,6 +152,18 @@ def _nets(model): return model if isinstance(model, Nets) else Nets(dict(Model=m
 def _evaluator(cfg, nets, dl):
     return partial(evaluate, nets if nets.names!=['Model'] else nets['Model'], dl, build_decoder(cfg), build_metric(cfg))
 
+def _try_evaluation(cfg, nets, lines):
+    "Evaluate one line now, so that what is wrong does not show itself after thousands of steps"
+    faults,metric = [],build_metric(cfg)
+    sample = next((s for i in range(min(100, len(lines))) if (s := lines.fetch(i, faults)) is not None), None)
+    with within(cfg, 'Eval'), dry_run(nets):
+        if sample is None and len(lines)<=100: raise UserError(f"none of {len(lines)} lines can be used; the last: {faults[-1]}")
+        if sample is None: return
+        try: got = _evaluator(cfg, nets, [collate([sample], lines.keep)[0]])()
+        except UserError: raise
+        except Exception as e: raise UserError(f"an evaluation of one line fails: {type(e).__name__}: {e}") from e
+    if metric.main_indicator not in got: raise UserError(f"{place(cfg, 'Metric', 'key')}: whose {metric.main_indicator} is to keep the best state? There are: {', '.join(nets.names)}")
+
 def _scorer(cfg):
     decode,metric = build_decoder(cfg),build_metric(cfg)
     def score(preds, batch):
@@ -179,12 +192,13 @@ def build_learner(
     if not len(dls.train): raise UserError(f"{place(cfg, 'Train')}: fewer lines than one batch of {cfg['Train']['loader']['batch_size_per_card']}")
     dls.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu')
     start,every = _steps(cfg)
-    with within(cfg, 'Optimizer', 'lr'): schedule = lr_schedule(o['lr'], g['epoch_num'], len(dls.train))
+    with within(cfg, 'Optimizer', 'lr'): schedule = lr_schedule(o.get('lr'), g['epoch_num'], len(dls.train))
     with within(cfg, 'Optimizer'): opt_func,groups,cbs = make_opt_func(o),make_groups(o),opt_cbs(o)
     with within(cfg, 'Global', 'checkpoints'): keep = _checkpoint(cfg, existing(resume, ('.pth','')) if resume else None)
     look = EvalEvery(_evaluator(cfg, nets, dls.valid), build_metric(cfg).main_indicator, start, every)
     lines = LogLines(g.get('print_batch_step', 10), g.get('log_smooth_window', 20), _scorer(cfg) if g.get('cal_metric_during_train') else None)
     learn = distill_learner(dls, nets, build_terms(cfg), opt_func=opt_func, groups=groups, cbs=[FollowSchedule(schedule), *cbs, lines, look, keep])
+    _try_evaluation(cfg, nets, dls.valid.dataset)
     learn.remove_cbs(ProgressCallback)
     learn.logger = lambda *_: None
     return learn.to_fp16() if g.get('use_amp') else learn
@@ -206,6 +220,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     written = logging.FileHandler(folder/'train.log', encoding='utf-8')
     written.setFormatter(logging.Formatter('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
+    was = log.level
+    log.setLevel(logging.INFO)
     log.addHandler(written)
     try:
         learn = build_learner(cfg)
@@ -218,6 +234,7 @@ def train(
         return learn
     finally:
         log.removeHandler(written)
+        log.setLevel(was)
         written.close()
 
 def _say_faults(side, dl):

@@ -16,6 +16,7 @@ from ..layers import PaddleBatchNorm2d, construct, conv_bn, named, paddle_batchn
 from .backbone import MobileNetV1Enhance, SE, TimmBackbone, other_backbone, separable
 from .neck import Attention, Block, EncoderWithRNN, EncoderWithSVTR, SequenceEncoder, sequence_encoder
 from .sar import SARHead, valid_columns
+from ..schedules import number
 
 # %% ../../nbs/reading/07_nets.ipynb #b60ddea2
 class CTCHead(nn.Module):
@@ -31,7 +32,7 @@ class CTCHead(nn.Module):
         self.return_feats = return_feats
         if mid_channels: self.fc1,self.fc2 = nn.Linear(in_channels, mid_channels),nn.Linear(mid_channels, out_channels)
         else: self.fc = nn.Linear(in_channels, out_channels)
-        for m in self.children(): m.own_l2 = float(fc_decay)
+        for m in self.children(): m.own_l2 = number(fc_decay, 'fc_decay')
 
     def forward(self, x):
         if hasattr(self, 'fc1'): x = self.fc1(x)
@@ -228,7 +229,8 @@ class PlainStudent(nn.Module):
         channels=(16, 32, 64, 128), # Of the stem and of the stages
     ):
         super().__init__()
-        if len(channels)!=4: raise UserError(f"a PlainStudent wants four channels, of its stem and of three stages, not {list(channels)}")
+        if len(channels)!=4 or not all(isinstance(n, int) and 0<n<10**5 for n in channels):
+            raise UserError(f"a PlainStudent wants four channels, of its stem and of three stages, not {list(channels)}")
         conv = lambda ni, nf, stride=1, ks=3: conv_bn(ni, nf, ks, stride, act=nn.ReLU, names=('conv', 'norm'))
         n = channels[-1]
         self.stem = conv(1, channels[0], 2, ks=5)
