@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 from .core import UserError, unknown
 
@@ -121,7 +121,11 @@ def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[s
         found = summary(ready)
         if draw: _save(draw_summary(ready), draw)
         if as_json: return print(json.dumps(found, default=str))
-        for rows in found.values(): table(rows)
+        table([{k: _count(v) if k in ('parameters','trainable','MACs') else v for k,v in r.items() if k!='outputs'} for r in found['nets']])
+        table([dict(net=r['net'], output=k, shape=v) for r in found['nets'] for k,v in r['outputs'].items()])
+        table(found['terms'])
+
+def _count(n): return None if n is None else f'{n/1e9:.2f} G' if n>=1e9 else f'{n/1e6:.2f} M' if n>=1e5 else str(n)
 
 def _config(config, run, overrides):
     "The configuration in a file or in a run's folder"
@@ -354,8 +358,8 @@ def compare(runs:list[Path]=typer.Argument(..., metavar='RUN RUN...', help="Runs
         from distillbook.report import compare, plot_compare
         found = compare(runs)
         if draw: _save(plot_compare(runs), draw)
-        if as_json: return print(found.to_json(orient='index'))
-        table([dict(run=i, **{k: v for k,v in r.items()}) for i,r in zip(found.index, found.to_dict('records'))])
+        if as_json: return print(found.reset_index().to_json(orient='records'))
+        table(found.reset_index().to_dict('records'))
 
 # %% ../nbs/practice/11_cli.ipynb #88fc27f1
 @app.command()
@@ -383,6 +387,6 @@ def teachers(as_json:bool=JSON):
         from distillbook.released import list_teachers
         rows = list_teachers()
         if as_json: return print(json.dumps(rows, default=str))
-        t = Table('name', 'what it is', 'package', 'licence', 'MB', Column('here', overflow='fold'))
-        for r in rows: t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}", Text(str(r['path'])) if r['here'] else 'no: fetched when first used')
+        t = Table('name', 'what it is', 'package', 'licence', 'MB', 'here')
+        for r in rows: t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}", 'yes' if r['here'] else 'no: fetched when first used')
         console.print(t)

@@ -90,7 +90,7 @@ def export_onnx(
 
 def _metadata(net, task, alphabet, shape, mean, std, about):
     chars = {} if alphabet is None else dict(character='\n'.join(alphabet.chars))
-    said = dict(task=task, shape=list(shape), mean=list(mean), std=list(std), parameters=sum(p.numel() for p in net.parameters()), distillbook=version('distillbook'), **(about or {}))
+    said = dict(task=task, shape=list(shape), mean=list(mean), std=list(std), parameters=sum(p.numel() for p in inference_net(net, task).parameters()), distillbook=version('distillbook'), **(about or {}))
     return chars | {k: v if isinstance(v, str) else json.dumps(v) for k,v in said.items()}
 
 def _session(path, threads=None):

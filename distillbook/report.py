@@ -155,7 +155,7 @@ def summary(
     def row(n):
         net = s.nets[n]
         return dict(net=n, role=role(n), weights=s.sources.get(n, ''), parameters=sum(p.numel() for p in net.parameters()), trainable=sum(p.numel() for p in net.parameters() if p.requires_grad),
-            MACs=macs(net, s.shape), picture=' x '.join(map(str, s.shape)), outputs=', '.join(f'{a} {shape}' for a,shape in _shapes(s.outs[n], n)))
+            MACs=macs(net, s.shape), picture=' x '.join(map(str, s.shape)), outputs=dict(_shapes(s.outs[n], n)))
     terms = [dict(term=t.name, weight=t.weight if not callable(t.weight) else 'a schedule', loss=_name(t.fn), connects=', '.join(t.addresses), learns=', '.join(learn[t.name]) or 'nobody') for t in s.terms.terms]
     return dict(nets=[row(n) for n in s.nets.names], terms=terms)
 
@@ -202,6 +202,7 @@ def draw_summary(
     fig,ax = plt.subplots(figsize=(.8*max(5., np.ptp(xs)+3.4), .8*max(2.4, np.ptp(ys)+1.4)), dpi=80)
     ax.set(xlim=(min(xs)-1.7, max(xs)+1.7), ylim=(min(ys)-.8, max(ys)+.8)); ax.axis('off')
     boxes = {n: _box(ax, n, found.get(n), x*dx, y*dy, n in s.nets.frozen) for n,(x,y) in pos.items()}
+    fig.canvas.draw()
     for (a,b,both),lines in edges.items():
         ends = [np.multiply(pos[n], (dx,dy)) for n in (a,b)]
         ax.annotate('', ends[1], ends[0], zorder=1, arrowprops=dict(arrowstyle='<|-|>' if both else '-|>', color='#555', lw=1.4, patchA=boxes[a], patchB=boxes[b], shrinkA=3, shrinkB=3))
@@ -342,7 +343,7 @@ def compare(
         best = {k: max(o[k] for o in r.looks if k in o) for k in dict.fromkeys(k for o in r.looks for k in o) if k not in ('step','fps')}
         last = r.steps[-1] if r.steps else {}
         return {**{k: r.config.get(k) for k in keys}, 'step': last.get('step'), 'loss': last.get('loss'), **best}
-    return pd.DataFrame([row(r) for r in runs], index=[r.name for r in runs])
+    return pd.DataFrame([row(r) for r in runs], index=pd.Index([r.name for r in runs], name='run'))
 
 def plot_compare(
     runs, # Folders

@@ -122,7 +122,7 @@ class ShowBar(Callback):
     order,only_in_fit = 66,True
     def __init__(self,
         console, # `rich.console.Console`; nothing is shown unless it is a terminal
-    ): self.console = console
+    ): self.console,self.bar = console,None
 
     def before_fit(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -136,7 +136,8 @@ class ShowBar(Callback):
         self.shown = time.perf_counter()
         self.bar.update(self.task, completed=self.epoch*self.n_iter+self.iter+1, epoch=f'{self.epoch+1}/{self.n_epoch}', loss=f'loss {self.loss.item():.4g}')
 
-    def cleanup(self): self.bar.stop()
+    def cleanup(self):
+        if self.bar: self.bar.stop()
 
 # %% ../nbs/practice/05_training.ipynb #b5bd2442
 def _unloaded(cfg):
