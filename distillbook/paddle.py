@@ -13,7 +13,7 @@ __all__ = ['KEYS', 'log', 'STAND_INS', 'PARTS', 'LOSSES', 'READERS', 'METRICS', 
            'check']
 
 # %% ../nbs/practice/04_paddle.ipynb #d5d9f18c
-import difflib, hashlib, inspect, logging, re
+import difflib, hashlib, inspect, logging, os, re
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .det.losses import MAPS, balance_loss, dice_loss, dila_db, dml_maps, masked
 from .det.metric import DetMetric
 from .det.nets import build_det
 from .det import files as det_files
+from .finetune import new_threshold, remap_classes
 from .layers import construct, paddle_batchnorm
 from .rec.decode import RecMetric, ctc_decode, label_texts, sar_decode
 from .rec import files as rec_files
@@ -77,8 +78,8 @@ def existing(
     "The path, with the first of the suffixes for which there is one; `UserError` says how far it exists and what is there"
     path = Path(str(path)).expanduser()
     for s in suffixes:
-        if (p := Path(f'{path}{s}')).exists(): return p
-    have = next(p for p in [*path.parents, Path('.')] if p.exists())
+        if os.path.exists(p := Path(f'{path}{s}')): return p
+    have = next(p for p in [*path.parents, Path('.')] if os.path.exists(p))
     there = sorted(p.name for p in have.iterdir())[:2000] if have.is_dir() else []
     wanted = path.relative_to(have).parts[0] if path.is_relative_to(have) else path.name
     near = difflib.get_close_matches(wanted, there, n=3) or there[:3]
@@ -205,10 +206,19 @@ def build_model(
     else:
         nets = {name: _one_net(cfg, name, build) for name in arch['Models']}
         model = DistillationModel(nets, [n for n in nets if arch['Models'][n].get('freeze_params')])
-    path = cfg.get('Global', {}).get('pretrained_model')
+    g = cfg.get('Global', {})
     with within(cfg, 'Global', 'pretrained_model'):
-        if path: load_into(model, path)
+        if g.get('pretrained_model') and g.get('pretrained_dict_path'): return _remapped(cfg, model)
+        if g.get('pretrained_model'): load_into(model, g['pretrained_model'])
     return model
+
+def _remapped(cfg, model):
+    "The networks with weights for another dictionary, their classes re-mapped"
+    old = Config({**cfg, 'Global': {**cfg['Global'], 'character_dict_path': cfg['Global']['pretrained_dict_path'], 'pretrained_dict_path': None}})
+    was,a,b = build_model(old),Alphabet(characters(old)),Alphabet(characters(cfg))
+    log.info('%s: of %d characters, %d were known to the weights; the others begin anew', cfg['Global']['pretrained_model'], len(b.chars), sum(c in a for c in b.chars))
+    if not isinstance(model, Nets): return remap_classes(was, a, b)
+    return DistillationModel({n: remap_classes(was[n], a, b) for n in was.names}, list(was.frozen))
 
 def _builder(cfg):
     if task(cfg)=='det': return lambda part, where: paddle_batchnorm(build_det(part, where))
@@ -281,7 +291,20 @@ def load_into(
 ):
     "Load weights, all of them or a `UserError`"
     if str(path).startswith(('http://','https://')): raise UserError(f"{path}: fetch the file first, and give its path")
-    load_weights(net, _weights_file(path))
+    file = _weights_file(path)
+    if file.suffix=='.onnx' and hasattr(getattr(net, 'head', None), 'thresh'): _load_released(net, file)
+    else: load_weights(net, file)
+
+def _load_released(net, file):
+    "A released detector into one that has a threshold branch"
+    branch = net.head.thresh
+    del net.head.thresh
+    try: load_weights(net, file)
+    except UserError:
+        net.head.thresh = branch
+        raise
+    net.head.thresh = new_threshold(net).head.thresh
+    log.info("%s: a released detector, which has no threshold branch; that begins as a twin of the other", file)
 
 def _weights_file(path):
     known = _stand_in(path)
@@ -646,13 +669,18 @@ def build_set(
         if d.get('name') not in ('SimpleDataSet','LMDBDataSet'): raise unknown('dataset', d.get('name'), ['SimpleDataSet','LMDBDataSet'])
     with within(cfg, side, 'dataset', 'data_dir'): folder = existing(d.get('data_dir') or '.')
     seed = d.get('seed') or g.get('seed') or 1024
+    with within(cfg, side, 'dataset', 'seed'):
+        if not _whole(seed, 0): raise UserError(f"a whole number from 0 is wanted, not {seed!r}")
     with within(cfg, side, 'dataset', 'label_file_list'):
         if d['name']=='LMDBDataSet': source = lmdb_lines(folder)
         else:
             files = d.get('label_file_list') or []
-            source = label_files([existing(f) for f in ([files] if isinstance(files, str) else files)], folder, d.get('ratio_list', 1.), d.get('delimiter', '\t'), seed=seed)
-    with within(cfg, side, 'dataset'): ops,keep = _ops(cfg, d.get('transforms'))
-    return SampleSet(source, ops, keep, seed, train=side=='Train', ext_op_transform_idx=d.get('ext_op_transform_idx', 2 if d['name']=='SimpleDataSet' else 1))
+            files = [files] if isinstance(files, str) else files
+            if not _texts(files): raise UserError(f"a list of files is wanted, not {files!r}")
+            source = label_files([existing(f) for f in files], folder, d.get('ratio_list', 1.), d.get('delimiter', '\t'), seed=seed)
+    with within(cfg, side, 'dataset'):
+        ops,keep = _ops(cfg, d.get('transforms'))
+        return SampleSet(source, ops, keep, seed, train=side=='Train', ext_op_transform_idx=d.get('ext_op_transform_idx', 2 if d['name']=='SimpleDataSet' else 1), variants=d.get('variants'))
 
 # %% ../nbs/practice/04_paddle.ipynb #da276c55
 def _ops(cfg, transforms):

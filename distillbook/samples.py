@@ -119,8 +119,9 @@ def label_files(
 )->LabelFiles: # `UserError` if files, ratios or folder will not do
     "PaddleOCR's SimpleDataSet as a source"
     files = [files] if isinstance(files, (str, Path)) else list(files)
-    ratios = [ratio_list]*len(files) if isinstance(ratio_list, (int, float)) else list(ratio_list)
+    ratios = list(ratio_list) if isinstance(ratio_list, (list, tuple)) else [ratio_list]*len(files)
     if not files: raise UserError('no label files')
+    if not isinstance(delimiter, str) or not delimiter: raise UserError(f"delimiter: the text between path and label is wanted, not {delimiter!r}")
     if len(ratios)!=len(files): raise UserError(f"ratio_list has {len(ratios)} numbers for {len(files)} label files")
     if bad := [o for o in ratios if not (isinstance(o, (int, float)) and 0<=o<=1)]: raise UserError(f"ratio_list: {bad[0]!r} is not a number from 0 to 1")
     if not os.path.isdir(data_dir): raise UserError(f"{data_dir}: no such folder")
@@ -300,7 +301,7 @@ def make_op(
         raise UserError(f"{where}: needs {', '.join(missing)}")
     try: return factory(**kwargs)
     except UserError as e: raise UserError(f"{where}: {e}") from None
-    except (TypeError, ValueError) as e: raise UserError(f"{where}: {e}") from e
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e: raise UserError(f"{where}: cannot be made of {kwargs}: {e}") from e
 
 # %% ../nbs/shared/01_samples.ipynb #970b7463
 def make_ops(
@@ -334,6 +335,7 @@ class SampleSet:
         variants:int=None, # After so many epochs chance repeats itself; None: never
     ):
         if seed<0: raise UserError(f"seed {seed}: 0 or more")
+        if type(ext_op_transform_idx) is not int or ext_op_transform_idx<0: raise UserError(f"ext_op_transform_idx: a whole number from 0 is wanted, not {ext_op_transform_idx!r}")
         if variants is not None and (type(variants) is not int or variants<1): raise UserError(f"variants: how many epochs until chance repeats itself, a whole number from 1; not {variants!r}")
         self.source,self.ops,self.keep,self.seed,self.train = source,list(ops),KeepKeys(keep_keys),seed,train
         self.first_ops,self.epoch,self.faults,self._shapes = self.ops[:ext_op_transform_idx],0,{},None
