@@ -30,6 +30,10 @@ def one_line_errors():
     try: yield
     except UserError as e: stop(e, 130 if type(e).__name__=='Stopped' else 2)
     except KeyboardInterrupt: stop('interrupted; what was finished is kept', 130)
+    except MemoryError as e: stop(f"not enough memory: {e or 'smaller batches or pictures need less'}", 2)
+    except RuntimeError as e:
+        if 'allocate' not in str(e) and 'out of memory' not in str(e): raise
+        stop(f"not enough memory: {str(e).splitlines()[0]}", 2)
     except OSError as e: stop(f"{e.filename or ''}: {e.strerror or e}".removeprefix(': '), 2)
 
 def stop(message, status):
@@ -75,7 +79,7 @@ def say(line): console.print(line, highlight=False, soft_wrap=True, markup=False
 def table(rows):
     "A list of dicts as a table"
     t = Table(*(str(k) for k in rows[0])) if rows else Table()
-    for r in rows: t.add_row(*(Text(f'{v:.5g}' if isinstance(v, float) else '' if v is None else str(v)) for v in r.values()))
+    for r in rows: t.add_row(*(Text('' if v is None or v!=v else f'{v:.5g}' if isinstance(v, float) else str(v)) for v in r.values()))
     console.print(t)
 
 # %% ../nbs/practice/11_cli.ipynb #5b0797fa
@@ -284,7 +288,7 @@ def _like(source, net, config):
 # %% ../nbs/practice/11_cli.ipynb #35f05183
 @app.command(**MORE)
 def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE,
-    net:str=typer.Option('Student', '--net', help="Which network; 'all': every one; several, with commas between: see --ensemble"),
+    net:str=typer.Option(None, '--net', help="Which network, default Student, or the only one; 'all': every one; several, with commas between: see --ensemble"),
     to:str=typer.Option('onnx', '--to', help='onnx or torch'),
     out:Path=typer.Option(None, '--out', metavar='FOLDER', help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
     ensemble:str=typer.Option(None, '--ensemble', metavar='outputs|weights', help='One network, the mean of the named ones'), as_json:bool=JSON):
@@ -300,7 +304,7 @@ def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[st
         ready = _open(run, config, [*override, *ctx.args])
         from distillbook.export import export_trained
         folder = out or Path(ready.config['Global'].get('save_inference_dir') or (run or Path(ready.config['Global']['save_model_dir']))/'inference')
-        made = export_trained(ready, net, to, folder, ensemble)
+        made = export_trained(ready, net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets))), to, folder, ensemble)
         if as_json: return print(json.dumps([str(p) for p in made]))
         for p in made: say(f'{p}  {p.stat().st_size/1e6:.2f} MB')
 
@@ -359,7 +363,8 @@ def compare(runs:list[Path]=typer.Argument(..., metavar='RUN RUN...', help="Runs
         found = compare(runs)
         if draw: _save(plot_compare(runs), draw)
         if as_json: return print(found.reset_index().to_json(orient='records'))
-        table(found.reset_index().to_dict('records'))
+        names = [n if list(found.index).count(n)==1 else f'{n} ({i+1})' for i,n in enumerate(found.index)]
+        table([{'': k, **dict(zip(names, found[k]))} for k in found])
 
 # %% ../nbs/practice/11_cli.ipynb #88fc27f1
 @app.command()

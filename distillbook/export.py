@@ -15,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, onnx, onnxruntime as ort, torch
 from torch import nn
+from .cache import CachedNet
 from .core import UserError, unknown, write_beside
 from .det.nets import DetModel
 from .rec.labels import Alphabet
-from .rec.nets import RecModel, RecNet, SARHead
+from .rec.nets import RecModel, SARHead
+from .teachers import OnnxNet
 
 # %% ../nbs/practice/09_export.ipynb #90417bfa
 class Inference(nn.Module):
@@ -36,7 +38,9 @@ def inference_net(
 )->nn.Module: # A copy in eval mode, on the processor, in float32
     "What of a network is exported"
     if task not in (None,'rec','det'): raise unknown('task', task, ['rec','det'])
+    if any(isinstance(m, (OnnxNet,CachedNet)) for m in net.modules()): raise UserError(f"{type(net).__name__}: a network that onnxruntime runs, or whose answers are kept, is not exported: its file is there already")
     net = copy.deepcopy(net).cpu().float().eval()
+    if hasattr(net, 'as_exported'): net = net.as_exported()
     if hasattr(net, 'as_used') or task is None: return net
     if hasattr(net, 'return_all_feats'): net.return_all_feats = False
     if isinstance(net, RecModel):
@@ -242,7 +246,7 @@ def export_trained(
     ensemble:str=None, # 'outputs' or 'weights': one network, the mean of those named
 )->list: # The files
     "Networks of a run as files, with their cards"
-    chosen = list(ready.nets) if names=='all' else [n.strip() for n in names.split(',')]
+    chosen = [n for n,net in ready.nets.items() if not any(isinstance(m, (OnnxNet,CachedNet)) for m in net.modules())] if names=='all' else [n.strip() for n in names.split(',')]
     for n in chosen:
         if n not in ready.nets: raise unknown('net', n, [*ready.nets, 'all'])
     nets = {n: ready.nets[n] for n in chosen}

@@ -267,6 +267,8 @@ class ReleasedReader(nn.Module):
         y = self.net(x)
         return dict(head_out=dict(ctc=y)) if whole else dict(head_out=y.softmax(-1))
 
+    def as_exported(self): return self.net
+
 def _released_net(cfg, part):
     for k in part:
         if k not in ('pretrained','freeze_params','cache','model_type','algorithm'): raise unknown('key', k, ['pretrained','freeze_params','cache','Backbone','Head'])
@@ -431,6 +433,7 @@ def _heads(cfg, net):
     "The network's head has several outputs?"
     arch = cfg.get('Architecture') or {}
     part = (arch.get('Models') or {}).get(net, {}) if 'Models' in arch else arch
+    if isinstance(part, dict) and part.get('pretrained') and not (part.get('Backbone') or part.get('Head')): return True
     head = part.get('Head') if isinstance(part, dict) else None
     return None if not part else isinstance(head, dict) and head.get('name')=='MultiHead'
 

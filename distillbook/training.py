@@ -28,7 +28,7 @@ from .det.boxes import draw_boxes
 from .det.files import NormalizeImage
 from .rec.data import read_image
 from .rec.labels import Alphabet
-from .samples import collate, image_paths, read_picture
+from .samples import check_cacheable, collate, image_paths, read_picture
 from .schedules import FollowSchedule, lr_schedule
 from .terms import dry_run
 
@@ -192,6 +192,8 @@ def build_learner(
     dls = build_dls(cfg)
     if not len(dls.train): raise UserError(f"{place(cfg, 'Train')}: fewer lines than one batch of {cfg['Train']['loader']['batch_size_per_card']}")
     dls.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu')
+    if any((m or {}).get('cache') for m in (cfg['Architecture'].get('Models') or {}).values()):
+        with within(cfg, 'Train', 'dataset', 'variants'): check_cacheable(dls.train, 'Train.dataset.variants')
     start,every = _steps(cfg)
     with within(cfg, 'Optimizer', 'lr'): schedule = lr_schedule(o.get('lr'), g['epoch_num'], len(dls.train))
     with within(cfg, 'Optimizer'): opt_func,groups,cbs = make_opt_func(o),make_groups(o),opt_cbs(o)
