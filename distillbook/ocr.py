@@ -123,7 +123,7 @@ def read_lines(
     for batch in width_batches([o.shape[1] for o in small], columns):
         x = np.zeros((len(batch), 3, h, 8*-(-small[batch[0]].shape[1]//8)), np.float32)
         for row,i in zip(x, batch): row[...,:small[i].shape[1]] = rec.prepare(small[i])
-        for i,got in zip(batch, ctc_decode(torch.from_numpy(rec.run(x)), rec.alphabet, probs=True)): res[i] = got
+        for i,got in zip(batch, ctc_decode(torch.from_numpy(rec.run(x)), rec.alphabet, probs=True)): res[i] = got[0].strip(),got[1]
     return res
 
 # %% ../nbs/practice/10_ocr.ipynb #eaa0fdb7

@@ -313,6 +313,7 @@ def _read(file):
     if not isinstance(state, dict): raise UserError(f"{file}: weights with names are wanted, not a {type(state).__name__}")
     for k,v in state.items():
         if not (isinstance(k, str) and isinstance(v, torch.Tensor)): raise UserError(f"{file}: not a file of weights: a {type(v).__name__} under {k!r}")
+        if v.layout!=torch.strided or v.is_meta or v.is_quantized or v.is_complex(): raise UserError(f"{file}: not a file of weights: {k!r} is no array of plain numbers")
     return state,kept.get('net') if state is not kept else None
 
 # %% ../nbs/practice/01_weights.ipynb #b28174c1
