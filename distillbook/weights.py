@@ -381,7 +381,7 @@ def paddle_arrays(
         if leaf=='num_batches_tracked': continue
         m,t = modules.get(path),t.detach().cpu()
         if isinstance(m, nn.Linear) and t.ndim==2: t = t.T
-        a = t.contiguous().view(torch.int16).numpy().view('uint16') if t.dtype==torch.bfloat16 else np.array(t, order='C')
+        a = t.contiguous().view(torch.int16).numpy().view('uint16') if t.dtype==torch.bfloat16 else np.array(t.numpy(), order='C')
         arrays[_other_leaf(name, leaves)] = a
         if isinstance(m, nn.RNNBase): arrays[f'{path}{dot}{_in_cell(leaf, m.bidirectional)}'] = a
     return arrays
