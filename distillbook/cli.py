@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from .core import UserError, unknown
+from .core import UserError, one_line, unknown
 
 # %% ../nbs/practice/11_cli.ipynb #302cc2a7
 app = typer.Typer(help="Knowledge distillation of text recognisers and detectors: train, use, export, compare.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -38,7 +38,7 @@ def one_line_errors():
 
 def stop(message, status):
     "Print one line to the error stream and exit"
-    print(f'distillbook: {message}', file=sys.stderr)
+    print(f'distillbook: {one_line(message)}', file=sys.stderr)
     raise typer.Exit(status)
 
 # %% ../nbs/practice/11_cli.ipynb #8347b861
@@ -234,10 +234,9 @@ def _read(run, config, images, overrides):
 
 # %% ../nbs/practice/11_cli.ipynb #55fcf652
 def _of_first_run(run):
-    import yaml
-    from distillbook.config import of_paddle
-    try: cfg = yaml.safe_load((run/'config.yml').read_text())
-    except (OSError, yaml.YAMLError): return True
+    from distillbook.config import of_paddle, parsed
+    try: cfg = parsed((run/'config.yml').read_text(encoding='utf-8'), run/'config.yml')[0]
+    except (OSError, UnicodeDecodeError, UserError): return True
     return not (isinstance(cfg, dict) and of_paddle(cfg))
 
 def _flat(rows):

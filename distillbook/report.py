@@ -20,7 +20,7 @@ from fastai.basics import Callback, get_model
 from fastai.callback.schedule import minimum, steep, valley
 from .cache import CachedNet
 from .core import UserError, write_beside
-from .config import load_config, of_paddle
+from .config import load_config, of_paddle, parsed
 from .det.pages import render_page, write_pages
 from .learner import DistillLearner
 from .nets import Nets, Targets, addresses
@@ -322,12 +322,14 @@ def read_run(
     "A run's configuration, its losses and its numbers"
     folder = Path(folder)
     if not (folder/'config.yml').is_file(): raise UserError(f"{folder} is no run's folder: it has no config.yml")
-    try: config = yaml.safe_load((folder/'config.yml').read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError): raise UserError(f"{folder/'config.yml'}: not YAML") from None
+    try: config = parsed((folder/'config.yml').read_text(encoding='utf-8'), folder/'config.yml')[0]
+    except (UnicodeDecodeError, OSError): raise UserError(f"{folder/'config.yml'}: not YAML") from None
     if (folder/'train.log').is_file(): steps,looks = _log(folder/'train.log')
     elif (folder/'metrics.csv').is_file():
-        rows = [{k: float(v) for k,v in r.items() if v} for r in csv.DictReader((folder/'metrics.csv').read_text().splitlines())]
-        steps,looks = [dict(step=r['epoch'], loss=r['train_loss']) for r in rows],[dict(step=r['epoch'], **{k: v for k,v in r.items() if k.endswith(('_acc','_norm_edit_dis'))}) for r in rows]
+        try:
+            rows = [{k: float(v) for k,v in r.items() if v} for r in csv.DictReader((folder/'metrics.csv').read_text().splitlines())]
+            steps,looks = [dict(step=r['epoch'], loss=r['train_loss']) for r in rows],[dict(step=r['epoch'], **{k: v for k,v in r.items() if k.endswith(('_acc','_norm_edit_dis'))}) for r in rows]
+        except (ValueError, TypeError, KeyError) as e: raise UserError(f"{folder/'metrics.csv'}: not the numbers of a run ({e})") from None
     else: raise UserError(f"{folder}: neither train.log nor metrics.csv; has it run?")
     return Run(folder.name, _flat(config), steps, looks)
 

@@ -359,8 +359,10 @@ def trained_run(
 def _numbers(path, nets, last):
     try: kept = json.loads(path.read_text())
     except (OSError, ValueError): return {}
-    measured = [n for n in nets if n!='Student' or kept.get('best', {}).get('epoch')==last['epoch']]
-    return {f'{n}_{s}_{k}': v for n in measured for s in ('heldout','unseen_font') for k,v in kept.get(n, {}).get(s, {}).items()}
+    measured = [n for n in nets if n!='Student' or _part(kept, 'best').get('epoch')==last.get('epoch')]
+    return {f'{n}_{s}_{k}': v for n in measured for s in ('heldout','unseen_font') for k,v in _part(_part(kept, n), s).items() if isinstance(v, (int,float))}
+
+def _part(o, k): return o[k] if isinstance(o, dict) and isinstance(o.get(k), dict) else {}
 
 def judge_run(
     run, # A run's folder

@@ -11,6 +11,7 @@ __all__ = ['evaluate', 'EvalEvery', 'LogLines', 'ShowBar', 'build_learner', 'tra
 # %% ../nbs/practice/05_training.ipynb #7a66ad79
 import datetime, json, logging, time
 from collections import deque
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from .paddle import Config, as_released, build_decoder, build_dl, build_dls, bui
 from .det.boxes import draw_boxes
 from .det.files import NormalizeImage
 from .rec.data import read_image
+from .rec.files import RecResizeImg
 from .rec.labels import Alphabet
 from .samples import check_cacheable, collate, image_paths, read_picture
 from .schedules import FollowSchedule, lr_schedule
@@ -153,6 +155,12 @@ def _nets(model): return model if isinstance(model, Nets) else Nets(dict(Model=m
 def _evaluator(cfg, nets, dl):
     return partial(evaluate, nets if nets.names!=['Model'] else nets['Model'], dl, build_decoder(cfg), build_metric(cfg))
 
+@contextmanager
+def _fitting(what):
+    try: yield
+    except UserError: raise
+    except Exception as e: raise UserError(f"{', '.join([str(what), *getattr(e, '__notes__', [])])} fails: networks, pictures and decoder do not fit together: {type(e).__name__}: {e}") from e
+
 def _try_evaluation(cfg, nets, lines):
     "Evaluate one line now, so that what is wrong does not show itself after thousands of steps"
     faults,metric = [],build_metric(cfg)
@@ -160,9 +168,7 @@ def _try_evaluation(cfg, nets, lines):
     with within(cfg, 'Eval'), dry_run(nets):
         if sample is None and len(lines)<=100: raise UserError(f"none of {len(lines)} lines can be used; the last: {faults[-1]}")
         if sample is None: return
-        try: got = _evaluator(cfg, nets, [collate([sample], lines.keep)[0]])()
-        except UserError: raise
-        except Exception as e: raise UserError(f"an evaluation of one line fails: {type(e).__name__}: {e}") from e
+        with _fitting('an evaluation of one line'): got = _evaluator(cfg, nets, [collate([sample], lines.keep)[0]])()
     if metric.main_indicator not in got: raise UserError(f"{place(cfg, 'Metric', 'key')}: whose {metric.main_indicator} is to keep the best state? There are: {', '.join(nets.names)}")
 
 def _scorer(cfg):
@@ -262,7 +268,7 @@ def evaluate_config(
 )->dict:
     "The metric's numbers on the lines of `Eval`"
     model,dl = with_weights(cfg),build_dl(cfg, 'Eval')
-    got = evaluate(model, dl, build_decoder(cfg), build_metric(cfg), bar)
+    with _fitting('an evaluation'): got = evaluate(model, dl, build_decoder(cfg), build_metric(cfg), bar)
     _say_faults('Eval', dl)
     return got
 
@@ -281,7 +287,7 @@ def predict_config(
     res = []
     for p in bar(paths):
         x = torch.from_numpy(read_image(p, h, w, grow=cfg['Global'].get('character_dict_path') is not None))[None]
-        got = decode(model(x.to(next(model.parameters()).device)))
+        with _fitting(p): got = decode(model(x.to(next(model.parameters()).device)))
         res.append(dict(image=str(p), **({n: _read(o[0]) for n,o in got.items()} if isinstance(got, dict) else _read(got[0]))))
     return res
 
@@ -292,17 +298,20 @@ def _read(o): return dict(label=o[0], score=round(float(o[1]), 5))
 def _find(model, decode, ops, path):
     sample = dict(image=Path(path).read_bytes())
     try:
-        for op in ops: sample = op(sample, None)
+        with _fitting('what Eval does to a page'):
+            for op in ops: sample = op(sample, None)
+            x,shape = torch.from_numpy(sample['image'])[None],np.asarray(sample['shape'])[None]
+            got = decode(model(x.to(next(model.parameters()).device)), shape)
     except UserError as e: raise UserError(f"{path}: {e}") from None
-    x,shape = torch.from_numpy(sample['image'])[None],np.asarray(sample['shape'])[None]
-    got = decode(model(x.to(next(model.parameters()).device)), shape)
     return dict(image=str(path), **({n: _found(o[0]) for n,o in got.items()} if isinstance(got, dict) else dict(boxes=_found(got[0]))))
 
 def _found(o): return [dict(transcription='', points=np.asarray(p).tolist(), score=round(float(s), 5)) for p,s in zip(o['points'], o['scores'])]
 
 def _picture_shape(cfg):
-    ops = [o for side in ('Eval','Train') for o in ((cfg.get(side) or {}).get('dataset') or {}).get('transforms') or []]
-    return next((o['RecResizeImg']['image_shape'] for o in ops if isinstance(o, dict) and o.get('RecResizeImg')), [3,48,320])
+    lists = [((cfg.get(side) or {}).get('dataset') or {}).get('transforms') for side in ('Eval','Train')]
+    own = next((o['RecResizeImg'] for l in lists if isinstance(l, list) for o in l if isinstance(o, dict) and o.get('RecResizeImg')), dict(image_shape=[3,48,320]))
+    with within(cfg, 'Eval', 'dataset', 'transforms'): op = RecResizeImg(own.get('image_shape') if isinstance(own, dict) else own)
+    return [3,op.height,op.width]
 
 def save_reads(
     rows:list, # From `predict_config`
@@ -356,4 +365,5 @@ def _measured(path):
     try: path = existing(path, ('', '.pth'))
     except UserError: return {}
     kept = load_file(path) if path.suffix=='.pth' else {}
-    return {k: float(v) for k,v in (kept.get('metrics') or {}).items() if k!='fps'}
+    metrics = kept.get('metrics')
+    return {k: float(v) for k,v in metrics.items() if k!='fps' and isinstance(v, (int,float))} if isinstance(metrics, dict) else {}

@@ -183,7 +183,7 @@ class _Unpickler(pickle.Unpickler):
     "Arrays of numbers in plain containers"
     def find_class(self, module, name):
         module = module.replace('__builtin__', 'builtins').replace('numpy.core', 'numpy._core')
-        known = {'numpy.ndarray': None, 'numpy.dtype': _Kind, 'numpy._core.multiarray._reconstruct': lambda cls, shape, code: _Array(), 'builtins.tuple': tuple,
+        known = {'numpy.ndarray': None, 'numpy.dtype': _Kind, 'numpy._core.multiarray._reconstruct': lambda cls, shape, code: _Array(), 'builtins.tuple': tuple, 'builtins.bytes': lambda: b'',
             'numpy._core.multiarray.scalar': lambda kind, raw: _numbers(kind, raw)[0].item(), '_codecs.encode': lambda text, code: text.encode('latin1'), 'collections.OrderedDict': OrderedDict}
         if f'{module}.{name}' in known: return known[f'{module}.{name}']
         raise UserError(f"it wants to call {module}.{name}")

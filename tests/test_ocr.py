@@ -7,6 +7,7 @@ from distillbook.core import UserError
 from distillbook.det.pages import render_page
 from distillbook.export import export_onnx
 from distillbook.ocr import *
+from distillbook.ocr import as_image
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.nets import PlainStudent, Sliced
 from distillbook.released import teacher_file
@@ -31,6 +32,32 @@ def test_order(boxes):
         p = np.random.default_rng(seed).permutation(len(boxes))
         assert [int(p[i]) for i in order_boxes(boxes[p])]==list(range(len(boxes)))
 
+def sheet(degrees, rng):
+    "Six rows of seven words of different heights, turned"
+    rows,(c,s) = [],(np.cos(np.radians(degrees)),np.sin(np.radians(degrees)))
+    for r in range(6):
+        x = 0.
+        for _ in range(7):
+            w,h = rng.uniform(30, 120),rng.uniform(14, 26)
+            rows.append(box(x, 40*r-h/2, w, h))
+            x += w+rng.uniform(8, 30)
+    return np.array(rows)@np.array([[c,s],[-s,c]])
+
+@pytest.mark.parametrize('degrees', [0, 3, 9, 25, -3, -9, -25])
+def test_order_of_tilted_rows(degrees):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        boxes,p = sheet(degrees, rng),rng.permutation(42)
+        assert abs(np.degrees(slope(boxes))-degrees)<1e-6
+        assert [int(p[i]) for i in order_boxes(boxes[p])]==list(range(42))
+
+def test_slope():
+    "Strays and upright boxes do not lean the page"
+    level = np.array([box(0, 40*i, 200, 20) for i in range(5)])
+    stray,upright,point = np.array([box(300, 0, 40, 20, .8)]*5),np.array([[[300,0],[320,5],[300,205],[280,200]]]*20),np.zeros((3,4,2))
+    assert slope(np.concatenate([level, stray, upright, point]))==0 and slope(upright)==0 and slope(point)==0
+    assert np.isclose(slope(np.concatenate([level[:1], stray, stray])), np.arctan(.8))
+
 def test_order_of_nothing(): assert order_boxes(np.zeros((0,4,2)))==[]
 
 @pytest.mark.parametrize('angle', [0, 7, -20, 40])
@@ -53,6 +80,11 @@ def test_tall_crops_are_turned(reader):
     h,w = page.shape[:2]
     line = crop_line(page, [[0,0],[w,0],[w,h],[0,h]])
     assert line.shape[1]>line.shape[0] and read_lines([line], reader.rec)[0][0]=='sideways'
+
+@pytest.mark.parametrize('corners', [[[5,5]]*4, [[0,5],[30,5],[30,5],[0,5]], [[5,0],[5,0],[5,30],[5,30]]])
+def test_crops_of_nothing(corners, reader):
+    "Boxes without an area, as the page's edge can leave them"
+    assert len(read_lines([crop_line(np.full((40,40,3), 99, np.uint8), corners)], reader.rec))==1
 
 @pytest.mark.parametrize('seed', range(5))
 def test_width_batches(seed):
@@ -94,6 +126,45 @@ def test_inputs(reader, tmp_path):
     assert isinstance(reader(image[...,0]), list) and isinstance(reader(np.dstack([image, image[...,:1]])), list)
     for bad,says in ((image.astype(float), 'uint8'), (np.zeros((0,3,3), np.uint8), 'uint8'), (image[None], 'uint8'), (b'no picture', 'not a picture'), (b'', '0 bytes'), (tmp_path/'none.png', 'No such file'), (__file__, 'not a picture')):
         with pytest.raises(UserError, match=says): reader(bad)
+
+def test_transparent_pictures(reader, tmp_path):
+    "Black letters on nothing: OpenCV's colours alone are black on black"
+    ink = cv2.copyMakeBorder(draw_line('Pronghorn', font_files('dejavu')[2]), 60, 60, 60, 60, cv2.BORDER_CONSTANT)
+    clear = np.dstack([np.zeros((*ink.shape,3), np.uint8), ink])
+    cv2.imwrite(str(tmp_path/'p.png'), clear)
+    for page in (tmp_path/'p.png', (tmp_path/'p.png').read_bytes(), clear): assert [l.text for l in reader(page)]==['Pronghorn']
+    assert (as_image(clear)==255-ink[...,None]).all() and not cv2.imread(str(tmp_path/'p.png')).any()
+    cv2.imwrite(str(tmp_path/'deep.png'), (255-ink).astype(np.uint16)*257)
+    assert [l.text for l in reader(tmp_path/'deep.png')]==['Pronghorn']
+
+def test_read_pages(reader, tmp_path):
+    page,_ = cv2.imwrite(str(tmp_path/'p.png'), np.full((50,60,3), 200, np.uint8)),(tmp_path/'q.png').write_bytes(b'no')
+    seen = []
+    assert reader.read_pages([tmp_path/'p.png']*3, bar=lambda o: (seen.append(len(o)), o)[1])==[[],[],[]] and seen==[3]
+    assert reader.read_pages([])==[]
+    with pytest.raises(UserError, match='q.png'): reader.read_pages([tmp_path/'p.png', tmp_path/'q.png'])
+
+class Flat(nn.Module):
+    "Finds and reads nothing; takes pictures of so many channels"
+    def __init__(self, channels): super().__init__(); self.conv = nn.Conv2d(channels, 1, 1)
+    def forward(self, x): return self.conv(x).sigmoid()
+
+def test_models_that_do_not_fit(tmp_path):
+    det,(rec,its) = load_teacher('PP-OCRv3_det'),load_teacher('PP-OCRv3_rec')
+    with pytest.raises(UserError, match='Sliced: .*is it a detector'): Reader(det=Sliced(rec, Alphabet('01').columns_in(its)))
+    with pytest.raises(UserError, match='DetModel: .*is it a recogniser'): Reader(rec=(det, its))
+    with pytest.raises(UserError, match='6625 classes, but an alphabet of 3'): Reader(rec=(rec, Alphabet('01')))
+    with pytest.raises(UserError, match='Flat: it cannot be run on pictures'): Reader(det=Flat(1))
+    grey = export_onnx(Flat(1), tmp_path/'grey.onnx', 'det', shape=(1,None,None))
+    with pytest.raises(UserError, match='grey.onnx: it cannot be run on pictures'): Reader(det=grey)(np.full((50,60,3), 200, np.uint8))
+
+def test_detector_of_one_size(tmp_path, reader):
+    "It gets that size, and its boxes are still on the page"
+    fixed = export_onnx(load_teacher('PP-OCRv3_det'), tmp_path/'f.onnx', 'det', shape=(3,640,960), mean=IMAGENET[0], std=IMAGENET[1])
+    image,_,texts = render_page(np.random.default_rng(18), 360, 480, make_words(200, seed=5), font_files('dejavu'), words_max=14, size=(20,44), tilt=0, illegible=0)
+    lines = Reader(fixed)(image)
+    ours,its = (np.array([l.box.mean(0) for l in o]) for o in (lines, reader(image)))
+    assert len(ours)>=11 and np.abs(ours[:,None]-its).max(-1).min(1).max()<5
 
 def test_models(tmp_path, reader):
     with pytest.raises(UserError, match='not a recogniser'): Reader(rec='PP-OCRv3_det')
