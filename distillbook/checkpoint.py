@@ -40,11 +40,9 @@ def load_file(
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as z:
                 if z.testzip(): raise ValueError('a checksum is wrong')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise UserError(f"there is no {path}") from None
     except Exception as e: raise UserError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
-    if not isinstance(state, dict): raise UserError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, not names with values")
-    return state
 
 # %% ../nbs/learning/07_checkpoint.ipynb #7349def1
 def random_states(learn)->dict:

@@ -144,7 +144,7 @@ def _save(fig, path):
 
 # %% ../nbs/practice/11_cli.ipynb #1efb16ad
 @app.command('lr-find', **MORE)
-def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
+def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE, steps:int=typer.Option(100, '--steps', min=10, help='Of the trial'),
     draw:Path=typer.Option(None, '--draw', metavar='FILE.png', help='Draw the loss over the rate'), as_json:bool=JSON):
     """Find a learning rate for a configuration: train for a moment with ever higher rates, and keep nothing.
 
@@ -153,7 +153,7 @@ def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
     with one_line_errors():
         cfg = _config(config, None, [*override, *ctx.args])
         from distillbook.report import lr_find
-        found = lr_find(cfg)
+        found = lr_find(cfg, steps)
         if draw: _save(found.plot(), draw)
         if as_json: return print(json.dumps(found.rates))
         table([dict(rule=k, rate=v) for k,v in found.rates.items()])
@@ -333,7 +333,7 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
         from distillbook.ocr import Reader, to_json
         from distillbook.samples import image_paths
         paths,reader = image_paths(images),Reader(det, rec)
-        pages = [reader(p) for p in bar('reading')(paths)]
+        pages = reader.read_pages(paths, bar('reading'))
         if draw: _draw_pages(draw, paths, pages)
         rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in zip(paths, pages)]
         if as_json: return print(json.dumps(rows, ensure_ascii=False))
@@ -342,12 +342,11 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
 def _draw_pages(to, paths, pages):
     import cv2
     from distillbook.core import write_beside
-    from distillbook.ocr import draw
-    from distillbook.samples import read_picture
+    from distillbook.ocr import as_image, draw
     if len(paths)==1 and to.suffix not in ('.png','.jpg'): raise UserError(f"{to}: a picture's name ends with .png or .jpg")
     for p,lines in zip(paths, pages):
         file = to if len(paths)==1 else to/f'{p.stem}.png'
-        with write_beside(file) as tmp: tmp.write_bytes(cv2.imencode(file.suffix, draw(read_picture(p), lines))[1].tobytes())
+        with write_beside(file) as tmp: tmp.write_bytes(cv2.imencode(file.suffix, draw(as_image(p), lines))[1].tobytes())
 
 # %% ../nbs/practice/11_cli.ipynb #0527f342
 @app.command()

@@ -328,7 +328,7 @@ def load_student(
     alphabet = Alphabet(cfg['Global']['alphabet'])
     net = PlainStudent(len(alphabet), cfg['Architecture']['Models']['Student']['channels'])
     try: net.load_state_dict(best['model'])
-    except (KeyError, RuntimeError) as e: raise UserError(f"{run/'best.pth'} does not hold the student of {run/'config.yml'}: {str(e).splitlines()[-1].strip()}") from e
+    except (KeyError, TypeError, RuntimeError) as e: raise UserError(f"{run/'best.pth'} does not hold the student of {run/'config.yml'}: {str(e).splitlines()[-1].strip()}") from e
     return net.eval(), alphabet
 
 @torch.no_grad()
@@ -349,7 +349,7 @@ def trained_run(
     student,alphabet = load_student(run)
     cfg,last,nets = load_config(Path(run)/'config.yml'),load_file(Path(run)/'last.pth'),dict(Student=student)
     for n in ('Student2','Twin'):
-        state = {k.removeprefix(f'{n}.'): v for k,v in last.get('model', {}).items() if k.startswith(f'{n}.')}
+        state = {k.removeprefix(f'{n}.'): v for k,v in _part(last, 'model').items() if k.startswith(f'{n}.')}
         if not state: continue
         nets[n] = copy.deepcopy(student)
         try: nets[n].load_state_dict(state)
@@ -359,7 +359,7 @@ def trained_run(
 def _numbers(path, nets, last):
     try: kept = json.loads(path.read_text())
     except (OSError, ValueError): return {}
-    measured = [n for n in nets if n!='Student' or _part(kept, 'best').get('epoch')==last.get('epoch')]
+    measured = [n for n in nets if n!='Student' or _part(kept, 'best').get('epoch')==(last.get('epoch') if isinstance(last, dict) else None)]
     return {f'{n}_{s}_{k}': v for n in measured for s in ('heldout','unseen_font') for k,v in _part(_part(kept, n), s).items() if isinstance(v, (int,float))}
 
 def _part(o, k): return o[k] if isinstance(o, dict) and isinstance(o.get(k), dict) else {}

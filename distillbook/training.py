@@ -365,5 +365,5 @@ def _measured(path):
     try: path = existing(path, ('', '.pth'))
     except UserError: return {}
     kept = load_file(path) if path.suffix=='.pth' else {}
-    metrics = kept.get('metrics')
+    metrics = kept.get('metrics') if isinstance(kept, dict) else None
     return {k: float(v) for k,v in metrics.items() if k!='fps' and isinstance(v, (int,float))} if isinstance(metrics, dict) else {}

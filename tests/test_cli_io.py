@@ -53,7 +53,7 @@ def test_summary(run, tmp_path):
     fails(distillbook('summary'), '-c FILE or --run FOLDER')
 
 def test_lr_find(run, tmp_path):
-    r = distillbook('lr-find', '-c', ROOT/'configs/rec/ppocrv3_distillation.yml', '-o', *NETS, *overrides(run, f'Global.save_model_dir={tmp_path}/never'), '--json', '--draw', tmp_path/'l.png')
+    r = distillbook('lr-find', '-c', ROOT/'configs/rec/ppocrv3_distillation.yml', '-o', *NETS, *overrides(run, f'Global.save_model_dir={tmp_path}/never'), '--json', '--steps', 20, '--draw', tmp_path/'l.png')
     rates = json.loads(r.stdout)
     assert set(rates)=={'valley','steep','minimum'} and all(1e-8<v<=1 for v in rates.values()) and [p.name for p in tmp_path.iterdir()]==['l.png']
 
