@@ -205,9 +205,16 @@ def draw_summary(
     fig.canvas.draw()
     for (a,b,both),lines in edges.items():
         ends = [np.multiply(pos[n], (dx,dy)) for n in (a,b)]
-        ax.annotate('', ends[1], ends[0], zorder=1, arrowprops=dict(arrowstyle='<|-|>' if both else '-|>', color='#555', lw=1.4, patchA=boxes[a], patchB=boxes[b], shrinkA=3, shrinkB=3))
+        tail,head = _border(ax, boxes[a], *ends),_border(ax, boxes[b], *ends[::-1])
+        ax.annotate('', head, tail, zorder=1, arrowprops=dict(arrowstyle='<|-|>' if both else '-|>', color='#555', lw=1.4, shrinkA=0, shrinkB=0))
         ax.text(*sum(ends)/2, '\n'.join(lines), ha='center', va='center', fontsize=8, color='#333', zorder=2, bbox=dict(fc='white', ec='none', pad=1.5, alpha=.9))
     return fig
+
+def _border(ax, box, at, to, gap=.06):
+    "Where a line from the middle of a box leaves it"
+    b = box.get_window_extent().transformed(ax.transData.inverted())
+    step = np.abs(np.subtract(to, at))+1e-9
+    return at + (to-at)*min((b.width/2+gap)/step[0], (b.height/2+gap)/step[1])
 
 def _box(ax, name, row, x, y, frozen):
     text = name if row is None else f"{name}\n{row['role']}\n{_count(row['parameters'])} parameters" + (f", {_count(row['MACs'])} MACs" if row['MACs'] else '')
