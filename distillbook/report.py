@@ -108,9 +108,10 @@ def setup(
     else: nets,xb,yb,terms,sources = _first_run(what)
     was = nets.training
     with torch.no_grad(), torch.random.fork_rng():
-        for t in terms.terms:
-            for a in t.addresses: nets.tap(a, nets.eval()(*xb[:1], *([Targets(yb)] if nets.want_targets() else []))) if '.' in a and a.split('.')[1] not in ('head_out','backbone_out','neck_out','maps') else None
         outs = _forward(nets, xb, yb)
+        for t in terms.terms:
+            for a in t.addresses: nets.tap(a, outs)
+        outs = _forward(nets, xb, yb) if nets.tapped else outs
     nets.train(was)
     return Setup(nets, terms, outs, tuple(yb), tuple(xb[0].shape[1:]) if isinstance(what, DistillLearner) or not of_paddle(what) else _page(what), sources)
 
@@ -404,8 +405,17 @@ def logging_cbs(
         said = cfg.get('wandb') or {}
         if not isinstance(said, dict): raise UserError(f"{place(cfg, 'wandb')}: a section is wanted, with project, name, entity; not {said!r}")
         if wandb.run is None: wandb.init(project=said.get('project', 'distillbook'), name=said.get('name'), entity=said.get('entity'), dir=str(g.get('save_model_dir') or 'output'), config=dict(cfg))
-        cbs.append(WandbCallback(log=None, log_preds=False))
+        cbs.append(_without_arguments(WandbCallback(log=None, log_preds=False)))
     return [*cbs, Report()] if cbs else []
+
+def _without_arguments(cb):
+    "fastai's callback would gather the learner's arguments for its configuration, and fails on ours; the run has its own"
+    start = cb.before_fit
+    def before_fit():
+        cb.learn.gather_args = dict
+        start()
+    cb.before_fit = before_fit
+    return cb
 
 def _numbers_only(cb):
     "PyTorch's optimisers have settings that are no numbers, which fastai's callback would write as well"
