@@ -66,7 +66,10 @@ class Answers:
 
     def look(self)->bool: # Is there a torn record at the end?
         "Note where the records are that have come since the last look"
-        if not self.path.exists(): return False
+        if not self.path.exists():
+            self.places.clear()
+            self.end = 0
+            return False
         with open(self.path, 'rb') as f:
             size = f.seek(0, 2)
             if not self._begins(f): return False

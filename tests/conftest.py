@@ -1,4 +1,5 @@
 "What several tests need."
+import logging, sys
 import pytest, torch
 
 
@@ -9,3 +10,18 @@ def fake_cuda():
     try:
         with FakeTensorMode(): ~torch.stack([torch.zeros((), device='cuda')]*2).isfinite()
     except RuntimeError as e: pytest.skip(f'torch {torch.__version__} cannot pretend to have a GPU: {str(e).splitlines()[0]}')
+
+
+def _quiet():
+    log = logging.getLogger('distillbook')
+    log.handlers[:],log.propagate = [],True
+    log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    "Commands that run in this process set up the log and draw pictures; no other test may see that"
+    _quiet()
+    yield
+    _quiet()
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
