@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/learning/learner.html.md"""
 
 # %% auto #0
 __all__ = ['param_groups', 'DistillLearner', 'NonFiniteLoss', 'TermRecorder', 'SmoothLoss', 'NetMetric', 'net_metrics', 'walk',
-           'GatherPreds', 'distill_learner']
+           'GatherPreds', 'Float32Conv', 'CPUBfloat16', 'has_bf16', 'distill_learner']
 
 # %% ../nbs/learning/04_learner.ipynb #54a6e00c
 import copy, warnings
@@ -17,7 +17,8 @@ from torch import nn
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.basics import Learner, Callback, Metric, AvgSmoothLoss, ContextManagers, mk_metric, no_random, to_detach, get_model, detuplify, noop, Adam
-from fastai.callback.all import TrackerCallback, LRFinder
+from fastai.callback.all import TrackerCallback, LRFinder, MixedPrecision
+from fastai.callback.fp16 import AMPMode
 from .core import UserError, unknown
 from .nets import Nets, Targets
 from .terms import Terms, dry_run
@@ -331,19 +332,58 @@ def _show_grid(x, said):
     return fig
 
 # %% ../nbs/learning/04_learner.ipynb #60948a93
+class Float32Conv(nn.Conv2d):
+    "A convolution that leaves autocast"
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False): return super().forward(x.float())
+
+class CPUBfloat16(MixedPrecision):
+    "bfloat16 on a CPU for all but losses and depthwise convolutions"
+    def __init__(self): super().__init__(AMPMode.BF16)
+    def before_fit(self):
+        self.autocast,self.inside = torch.autocast('cpu', dtype=torch.bfloat16),False
+        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', enabled=False),L()
+        self.spared = [m for m in self.model.modules() if type(m) is nn.Conv2d and m.groups>1]
+        for m in self.spared: m.__class__ = Float32Conv
+
+    def before_batch(self):
+        self.autocast.__enter__()
+        self.inside = True
+
+    def after_pred(self):
+        self._leave()
+        super().after_pred()
+
+    def after_loss(self): pass
+    def _leave(self):
+        if self.inside: self.autocast.__exit__(None, None, None)
+        self.inside = False
+
+    def after_fit(self):
+        self._leave()
+        for m in self.spared: m.__class__ = nn.Conv2d
+
+    def cleanup(self): self.after_fit()
+
+# %% ../nbs/learning/04_learner.ipynb #3f7541a6
 @patch
 def to_fp16(self:DistillLearner, **kwargs):
     "Mixed precision with float16 on CUDA; elsewhere a warning and nothing else"
-    return super(DistillLearner, self).to_fp16(**kwargs) if _has_cuda('to_fp16') else self
+    if torch.cuda.is_available(): return super(DistillLearner, self).to_fp16(**kwargs)
+    warnings.warn("to_fp16 does nothing here: mixed precision with float16 needs CUDA")
+    return self
 
 @patch
 def to_bf16(self:DistillLearner):
-    "Mixed precision with bfloat16 on CUDA; elsewhere a warning and nothing else"
-    return super(DistillLearner, self).to_bf16() if _has_cuda('to_bf16') else self
+    "Mixed precision with bfloat16 on CUDA, or on a CPU that has instructions for it; elsewhere a warning and nothing else"
+    if torch.cuda.is_available(): return super(DistillLearner, self).to_bf16()
+    if has_bf16(): return self.add_cb(CPUBfloat16())
+    warnings.warn("to_bf16 does nothing here: this CPU has no instructions for bfloat16, and there is no CUDA")
+    return self
 
-def _has_cuda(what):
-    if not torch.cuda.is_available(): warnings.warn(f"{what} does nothing here: fastai's mixed precision needs CUDA")
-    return torch.cuda.is_available()
+def has_bf16()->bool:
+    "Does this CPU multiply in bfloat16?"
+    return any(getattr(torch.cpu, f, bool)() for f in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'))
 
 # %% ../nbs/learning/04_learner.ipynb #627aacc9
 def _first_batch(dls, targets):

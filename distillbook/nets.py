@@ -10,7 +10,7 @@ __all__ = ['Nets', 'Targets', 'look_up', 'addresses', 'Projector']
 # %% ../nbs/learning/02_nets.ipynb #d64223b2
 import inspect
 from functools import partial
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -23,11 +23,13 @@ class Nets(nn.Module):
     def __init__(self,
         nets:dict, # Name to `nn.Module`, in the order in which they are to run
         frozen=(), # Names of those that only teach
+        bf16=(), # Names of those that compute in bfloat16 while they are frozen
     ):
         super().__init__()
         if not isinstance(nets, dict) or not nets: raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
         self.names,self.frozen,self.taps,self.tapped = list(nets),set(),{},[]
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
+        self.bf16 = {n for n in bf16 if self[n] is not None}
         self.unfreeze(*(n for n in nets if n not in frozen))
         self.freeze(*frozen)
 
@@ -64,7 +66,8 @@ def forward(self:Nets,
     *xb,targets = xb if given else (*xb, None)
     xb,targets = plain(xb),None if targets is None else plain(targets)
     self.taps.clear()
-    with self._tapping(): return {n: self._run(n, xb, targets) for n in self.names}
+    with self._tapping(): outs = {n: self._run(n, xb, targets) for n in sorted(self.names, key=lambda n: n not in self.frozen)}
+    return {n: outs[n] for n in self.names}
 
 @patch
 def _run(self:Nets, name, xb, targets):
@@ -73,10 +76,21 @@ def _run(self:Nets, name, xb, targets):
     try:
         if name not in self.frozen: return net(*xb, **kwargs)
         if any(m.training for m in net.modules()): net.eval()
-        with torch.no_grad(): return net(*xb, **kwargs)
+        with torch.no_grad(), self._precision(name, xb): out = net(*xb, **kwargs)
+        return _float32(out) if name in self.bf16 else out
     except Exception as e:
         e.add_note(f'network {name!r}')
         raise
+
+@patch
+def _precision(self:Nets, name, xb):
+    device = next((x.device.type for x in xb if isinstance(x, Tensor)), 'cpu')
+    return torch.autocast(device, torch.bfloat16) if name in self.bf16 else nullcontext()
+
+def _float32(o):
+    if isinstance(o, dict): return {k: _float32(v) for k,v in o.items()}
+    if isinstance(o, (tuple,list)): return type(o)(*map(_float32, o)) if hasattr(o, '_fields') else type(o)(map(_float32, o))
+    return o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o
 
 @patch
 def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)

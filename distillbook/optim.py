@@ -92,11 +92,11 @@ class RMSProp(torch.optim.Optimizer):
         return loss
 
 # %% ../nbs/learning/06_optim.ipynb #aae62d25
-def adam(beta1:float=.9, beta2:float=.999, epsilon:float=1e-8): return partial(torch.optim.Adam, betas=(beta1,beta2), eps=epsilon)
-def adamw(beta1:float=.9, beta2:float=.999, epsilon:float=1e-8): return partial(torch.optim.AdamW, betas=(beta1,beta2), eps=epsilon)
-def momentum(momentum:float): return partial(torch.optim.SGD, momentum=momentum)
+def adam(beta1:float=.9, beta2:float=.999, epsilon:float=1e-8): return partial(torch.optim.Adam, betas=(beta1,beta2), eps=epsilon, fused=True)
+def adamw(beta1:float=.9, beta2:float=.999, epsilon:float=1e-8): return partial(torch.optim.AdamW, betas=(beta1,beta2), eps=epsilon, fused=True)
+def momentum(momentum:float): return partial(torch.optim.SGD, momentum=momentum, fused=True)
 def rmsprop(momentum:float=0., rho:float=.95, epsilon:float=1e-6): return partial(RMSProp, momentum=momentum, rho=rho, eps=epsilon)
-def sgd(): return torch.optim.SGD
+def sgd(): return partial(torch.optim.SGD, fused=True)
 
 OPTIMISERS = dict(Adam=adam, AdamW=adamw, Momentum=momentum, RMSProp=rmsprop, SGD=sgd)
 

@@ -437,7 +437,8 @@ def test_lr_find_leaves_everything(opt_func, tmp_path):
 
 @pytest.mark.parametrize('what', ('to_fp16', 'to_bf16'))
 @pytest.mark.skipif(torch.cuda.is_available(), reason='what happens without CUDA')
-def test_mixed_precision_without_cuda(what):
+def test_mixed_precision_without_cuda(what, monkeypatch):
+    monkeypatch.setattr('distillbook.learner.has_bf16', lambda: False)
     plain,mixed = learner(),learner()
     with pytest.warns(UserWarning, match=f'{what} does nothing here'): assert getattr(mixed, what)() is mixed
     assert [cb.name for cb in mixed.cbs]==[cb.name for cb in plain.cbs]
@@ -446,6 +447,33 @@ def test_mixed_precision_without_cuda(what):
         l.dls.train.rng = random.Random(0)
         l.fit(1, 1e-2)
     assert same(state(plain.model), state(mixed.model))
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='what happens without CUDA')
+def test_bf16_on_a_cpu(monkeypatch):
+    "Networks compute in bfloat16, losses and weights stay in float32, and nothing of it is left after a fit, an error or a look"
+    monkeypatch.setattr('distillbook.learner.has_bf16', lambda: True)
+    seen,losses = set(),set()
+    def loss(a, y):
+        losses.add((a.dtype, torch.is_autocast_enabled('cpu')))
+        return F.cross_entropy(a, y)
+    nets = dict(Student=nn.Sequential(nn.Unflatten(1, (1,8,8)), nn.Conv2d(1,4,3), nn.Conv2d(4,4,3,groups=4), nn.Flatten(), nn.Linear(64,10)))
+    x,y = torch.randn(32,64),torch.randint(10, (32,))
+    ds = torch.utils.data.TensorDataset(x, y)
+    dls = DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8))
+    learn = distill_learner(dls, nets, [Term(loss, 'Student')]).to_bf16()
+    net = learn.net('Student')
+    for i,m in enumerate(net): m.register_forward_hook(lambda m,a,o,i=i: seen.add((i, o.dtype)))
+    losses.clear(), seen.clear()
+    learn.fit(2, 1e-3)
+    assert losses=={(torch.float32, False)}
+    assert {(1,torch.bfloat16), (2,torch.float32), (4,torch.bfloat16)} <= seen and (2,torch.bfloat16) not in seen
+    assert type(net[2]) is nn.Conv2d and {p.dtype for p in net.parameters()}=={torch.float32}
+    learn.validate()
+    assert type(net[2]) is nn.Conv2d and not torch.is_autocast_enabled('cpu')
+    handle = net[4].register_forward_hook(lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    handle.remove()
+    assert type(net[2]) is nn.Conv2d and not torch.is_autocast_enabled('cpu')
 
 # ---- predictions
 
