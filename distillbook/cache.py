@@ -9,6 +9,7 @@ __all__ = ['log', 'digest', 'flat', 'joined', 'Answers', 'CachedNet', 'Usage', '
 
 # %% ../nbs/learning/08_cache.ipynb #d644af7c
 import copy, hashlib, inspect, json, logging, math, os, struct
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 import numpy as np, torch
@@ -16,6 +17,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .core import UserError
+try: import fcntl
+except ImportError: fcntl = None # Windows
 
 # %% ../nbs/learning/08_cache.ipynb #a5cef0bc
 log = logging.getLogger('distillbook')
@@ -108,13 +111,24 @@ def add(self:Answers,
         return self.head.pack(key, len(body))+body
     try:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.look()
-        if torn: os.truncate(self.path, self.end)
-        with open(self.path, 'ab' if self.end else 'wb') as f:
-            if not self.end: self.end = f.write(self.first)
-            f.write(b''.join(record(*o) for o in answers.items()))
+        with _alone(self.path):
+            torn = self.look()
+            if torn: os.truncate(self.path, self.end)
+            with open(self.path, 'ab' if self.end else 'wb') as f:
+                if not self.end: self.end = f.write(self.first)
+                f.write(b''.join(record(*o) for o in answers.items() if o[0] not in self.places))
     except OSError as e: raise UserError(f"{self.path} could not be written: {e.strerror}") from e
     self.look()
+
+@contextmanager
+def _alone(path):
+    "One process at a time (where the system has flock)"
+    if not fcntl:
+        yield
+        return
+    with open(path.with_name(f'.{path.name}.lock'), 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 @patch
 def get(self:Answers,

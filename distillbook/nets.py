@@ -9,7 +9,7 @@ __all__ = ['Nets', 'Targets', 'look_up', 'addresses', 'Projector']
 
 # %% ../nbs/learning/02_nets.ipynb #d64223b2
 import inspect
-from functools import partial
+from functools import lru_cache, partial
 from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import nn, Tensor
@@ -98,7 +98,11 @@ def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n i
 @patch
 def wants(self:Nets, name:str)->set:
     "Which of `targets` and `whole` a network's `forward` asks for"
-    return {'targets','whole'} & set(inspect.signature(self[name].forward).parameters)
+    forward = self[name].forward
+    return _asks(getattr(forward, '__func__', forward))
+
+@lru_cache
+def _asks(forward): return {'targets','whole'} & set(inspect.signature(forward).parameters)
 
 # %% ../nbs/learning/02_nets.ipynb #8453d07f
 @patch

@@ -7,10 +7,11 @@ Docs: https://distillbook.github.io/distillbook/shared/samples.html.md"""
 # %% auto #0
 __all__ = ['log', 'SUFFIXES', 'KINDS', 'OPS', 'RAGGED', 'POOL', 'line_table', 'read_list', 'one_path', 'LabelFiles',
            'label_files', 'LMDBLines', 'lmdb_lines', 'DecodeImage', 'decode', 'read_picture', 'image_paths', 'KeepKeys',
-           'make_op', 'make_ops', 'SampleSet', 'check_cacheable', 'collate', 'batch_order', 'SampleDL', 'sample_dls']
+           'make_op', 'make_ops', 'SampleSet', 'check_cacheable', 'KeptPictures', 'keep_pictures', 'collate',
+           'batch_order', 'SampleDL', 'sample_dls']
 
 # %% ../nbs/shared/01_samples.ipynb #94fe654b
-import cv2, glob, importlib, inspect, io, json, logging, math, multiprocessing, os, re
+import copy, cv2, glob, hashlib, importlib, inspect, io, json, logging, math, multiprocessing, os, re, shutil
 import numpy as np, torch
 from pathlib import Path
 from PIL import Image
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, to_device
-from .core import UserError, unknown
+from .core import UserError, unknown, write_beside
 
 # %% ../nbs/shared/01_samples.ipynb #d2cb1057
 log = logging.getLogger('distillbook')
@@ -96,6 +97,7 @@ def draw(self:LabelFiles,
 def read(self:LabelFiles,
     i:int, # Of the epoch's lines
     rng:np.random.Generator=None, # Draws among several pictures of one text; default: the first
+    picture:bool=True, # With its picture?
 )->dict: # where, path, label and image, which is the bytes of the file; `UserError` with file and line
     "A line and its picture"
     f,number,start,stop = self.table[self.rows[i]].tolist()
@@ -105,6 +107,7 @@ def read(self:LabelFiles,
     if not text: raise UserError(f"{where}: no {self.delimiter!r} between path and text")
     path = os.path.join(self.data_dir, one_path(column, rng))
     where = f"{where}: {path}"
+    if not picture: return dict(where=where, path=path, label=text[0])
     try: return dict(where=where, path=path, label=text[0], image=Path(path).read_bytes())
     except OSError as e: raise UserError(f"{where}: {e.strerror}") from None
     except ValueError as e: raise UserError(f"{where}: {e}") from None
@@ -152,15 +155,15 @@ class LMDBLines:
     def __init__(self, folders, counts): self.folders,self.stops = folders,np.cumsum(counts)
     def __len__(self): return int(self.stops[-1])
     def __getitem__(self, i): return self.read(i)
-    def read(self, i, rng=None):
-        "A line and its picture"
+    def read(self, i, rng=None, picture=True):
+        "A line and, if wanted, its picture"
         if not 0<=i<len(self): raise IndexError(i)
         f = int(np.searchsorted(self.stops, i, 'right'))
         n = i+1 - (int(self.stops[f-1]) if f else 0)
         path = f"{self.folders[f]}: image-{n:09d}"
-        image,label = _values(self.folders[f], f'image-{n:09d}', f'label-{n:09d}')
-        if image is None or label is None: raise UserError(f"{path}: {'picture' if image is None else 'label'} is missing")
-        try: return dict(where=path, path=path, label=label.decode(), image=image)
+        label,*image = _values(self.folders[f], f'label-{n:09d}', *[f'image-{n:09d}']*picture)
+        if None in image or label is None: raise UserError(f"{path}: {'picture' if None in image else 'label'} is missing")
+        try: return dict(where=path, path=path, label=label.decode(), **({'image': image[0]} if picture else {}))
         except UnicodeDecodeError: raise UserError(f"{path}: label is not UTF-8") from None
 
 # %% ../nbs/shared/01_samples.ipynb #40ae001c
@@ -333,13 +336,16 @@ class SampleSet:
         train:bool=True, # Replace a broken sample by a random other one? Otherwise it is left out
         ext_op_transform_idx:int=2, # Further lines for an operation have been through so many of `ops`
         variants:int=None, # After so many epochs chance repeats itself; None: never
+        keep=None, # A folder where pictures are kept as they are before chance comes in, see `keep_pictures`
+        keep_gb:float=None, # See `keep_pictures`
     ):
         if seed<0: raise UserError(f"seed {seed}: 0 or more")
         if type(ext_op_transform_idx) is not int or ext_op_transform_idx<0: raise UserError(f"ext_op_transform_idx: a whole number from 0 is wanted, not {ext_op_transform_idx!r}")
         if variants is not None and (type(variants) is not int or variants<1): raise UserError(f"variants: how many epochs until chance repeats itself, a whole number from 1; not {variants!r}")
         self.source,self.ops,self.keep,self.seed,self.train = source,list(ops),KeepKeys(keep_keys),seed,train
         self.first_ops,self.epoch,self.faults,self._shapes = self.ops[:ext_op_transform_idx],0,{},None
-        self.variants,self.variant = variants,0
+        self.variants,self.variant,self.kept = variants,0,None
+        if keep is not None: self.kept = keep_pictures(source, self.fixed_ops(ext_op_transform_idx), keep, keep_gb)
     def __len__(self): return len(self.source)
     def set_epoch(self,
         epoch:int, # From 0; without effect in evaluation
@@ -354,11 +360,14 @@ class SampleSet:
 # %% ../nbs/shared/01_samples.ipynb #bd3d5e96
 @patch
 def _line(self:SampleSet, i, rng, ops, faults):
-    try: sample = self.source.read(i, rng) if hasattr(self.source, 'read') else dict(self.source[i])
+    sample,joins = None,ops is self.ops
+    try:
+        if self.kept is not None and (sample := self.kept.read(i)): ops = [o for o in ops if o not in self.kept.ops]
+        if sample is None: sample = self.source.read(i, rng) if hasattr(self.source, 'read') else dict(self.source[i])
     except UserError as e: return faults.append(str(e))
     where = sample.get('where') or sample.get('path') or f'line {i}'
     for op in ops:
-        if ops is self.ops and hasattr(op, 'ext_data_num'):
+        if joins and hasattr(op, 'ext_data_num'):
             sample = {**sample, 'ext_data': [self._another(rng, self.first_ops, faults) for _ in range(op.ext_data_num)]}
         try: sample = op(sample, rng)
         except UserError as e: return faults.append(f'{where}: {e}')
@@ -426,6 +435,132 @@ def check_cacheable(
     if lines.train and not lines.variants and lines.draws:
         raise UserError(f"{where}: a teacher's answers are to be kept, but chance makes new pictures in each epoch. Say after how many epochs the pictures may come again, e.g. variants: 4; or leave out the operations that draw; or do not keep the answers")
 
+# %% ../nbs/shared/01_samples.ipynb #6f2847f7
+@patch
+def fixed_ops(self:SampleSet,
+    most:int, # Where other lines are joined, these get no more operations than so many
+)->list: # Operations that see the picture; `UserError` if there is none
+    "The operations on pictures that come before chance does"
+    if not any(hasattr(o, 'ext_data_num') for o in self.ops): most = len(self.ops)
+    lines = [o for i in range(min(8, len(self))) if (o := self._line(i, np.random.default_rng(0), [], []))]
+    fixed = []
+    for op in self.ops[:most]:
+        if not type(op).__module__.startswith('distillbook.') or hasattr(op, 'ext_data_num'): break
+        lines,blind,same = _tried(op, lines)
+        if not same: break
+        if not blind: fixed.append(op)
+    if not fixed: raise UserError("keep: there is no operation, such as DecodeImage, whose pictures are of bytes and the same in each epoch")
+    return fixed
+
+def _tried(op, lines):
+    "Some lines after an operation; can it do without the picture? does it always give the same?"
+    rng,out,blind,same = np.random.default_rng(0),[],[],True
+    for o in lines:
+        try: after = op(o, rng)
+        except (UserError, cv2.error): continue
+        try: blind.append(op({k: v for k,v in o.items() if k!='image'}, rng) is not None)
+        except Exception: blind.append(False)
+        same &= after is not None and (blind[-1] or _of_bytes(after['image']) and all(after.get(k) is v for k,v in o.items() if k!='image'))
+        out.append(after)
+    return out,all(blind),same and rng.bit_generator.state==np.random.default_rng(0).bit_generator.state
+
+def _of_bytes(im): return isinstance(im, np.ndarray) and im.dtype==np.uint8 and im.ndim==3
+
+# %% ../nbs/shared/01_samples.ipynb #11948d67
+def _whole(source):
+    "A source with all its lines, even if an epoch has but some"
+    if not hasattr(source, 'rows'): return source
+    source = copy.copy(source)
+    source.rows = np.arange(len(source.table))
+    return source
+
+def _about(source, ops):
+    "A digest of all that kept pictures depend on"
+    h = hashlib.blake2b(f'1 {cv2.__version__} {[(type(o).__qualname__, sorted(vars(o).items())) for o in ops]!r}'.encode(), digest_size=16)
+    def stat(path):
+        try: o = os.stat(path)
+        except (OSError, ValueError): return h.update(b'none')
+        h.update(f'{path} {o.st_size} {o.st_mtime_ns}'.encode(errors='surrogateescape'))
+    if isinstance(source, LMDBLines):
+        for o in source.folders: stat(os.path.join(o, 'data.mdb'))
+        return h.hexdigest()
+    for o in source.data: h.update(o)
+    for i in range(len(source)):
+        try: stat(source.read(i, picture=False)['path'])
+        except UserError: h.update(b'none')
+    return h.hexdigest()
+
+class KeptPictures:
+    "Lines with pictures from a file of raw pixels"
+    def __init__(self, source, ops, path):
+        self.source,self.ops,self.path,self.pixels = source,ops,Path(path),None
+        with np.load(self.path.with_suffix('.npz'), allow_pickle=False) as o: self.more = dict(o)
+        self.table = self.more.pop('table')
+    def __getstate__(self): return {**vars(self), 'pixels': None}
+    def __len__(self): return int((self.table[:,1]>0).sum())
+    def read(self, i):
+        "A line as it is after `ops`; None if it has no place here"
+        row = self.source.rows[i] if hasattr(self.source, 'rows') else i
+        at,h,w,c = self.table[row].tolist()
+        if not h: return None
+        if self.pixels is None: self.pixels = np.memmap(self.path, np.uint8, 'r').view(np.ndarray)
+        return {**self.source.read(i, picture=False), 'image': self.pixels[at:at+h*w*c].reshape(h, w, c), **{k: o[row] for k,o in self.more.items()}}
+
+# %% ../nbs/shared/01_samples.ipynb #357ee058
+def _kept_line(source, i, ops, rng):
+    "A picture and what the operations say of it; None where they fail"
+    try:
+        before = sample = source.read(i, rng)
+        for op in ops: sample = op(sample, rng)
+    except (UserError, cv2.error): return None
+    if sample is None or not _of_bytes(sample['image']): return None
+    return sample['image'],{k: np.asarray(v) for k,v in sample.items() if k not in before}
+
+def _fits(nbytes, folder, gb, what):
+    free = shutil.disk_usage(folder).free*.9
+    size = lambda n: f'{n/1e9:.3g} GB'
+    if gb is not None and nbytes>gb*1e9: raise UserError(f"keep: {what} {size(nbytes)}, more than keep_gb: {gb:g}")
+    if nbytes>free: raise UserError(f"keep: {what} {size(nbytes)}, and {folder} has room for {size(free)}")
+
+def keep_pictures(
+    source, # From `label_files` or `lmdb_lines`
+    ops, # Operations that leave nothing to chance, see `SampleSet.fixed_ops`
+    folder, # Made if it is not there
+    gb:float=None, # The most that the file may take, 10^9 bytes; None: nine tenths of what is free
+)->KeptPictures: # `UserError` if it would be too large, or lines name several pictures
+    "Pictures after the first operations, in a file that is made if it is not there yet"
+    if not isinstance(source, (LabelFiles,LMDBLines)): raise UserError("keep: only the lines of label files and LMDB folders can be kept")
+    if gb is not None and (isinstance(gb, bool) or not isinstance(gb, (int,float)) or not 0<gb<math.inf): raise UserError(f"keep_gb: a number above 0 is wanted, not {gb!r}")
+    every,folder = _whole(source),Path(folder)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"keep: {folder}: {e.strerror}") from None
+    path = folder/f'pictures-{_about(every, ops)}.bin'
+    if not (path.exists() and path.with_suffix('.npz').exists()): _write_pictures(every, ops, path, gb)
+    return KeptPictures(source, ops, path)
+
+def _write_pictures(source, ops, path, gb):
+    rng,n = np.random.default_rng(0),len(source)
+    some = [o[0].nbytes for i in range(0, n, max(1, n//64)) if (o := _kept_line(source, i, ops, rng))]
+    about = int(np.mean(some or [0])*n)
+    _fits(about, path.parent, gb, f'the pictures of {n} lines take about')
+    log.info('%s: pictures of %d lines are written, about %.3g GB', path, n, about/1e9)
+    table,more,at = np.zeros((n,4), np.int64),{},0
+    try:
+        with write_beside(path) as tmp, open(tmp, 'wb') as f:
+            for i in range(n):
+                if (o := _kept_line(source, i, ops, rng)) is None: continue
+                im,extra = o
+                table[i] = at,*im.shape
+                for k,v in extra.items():
+                    if more.setdefault(k, np.zeros((n,*v.shape), v.dtype)).shape[1:]!=v.shape: raise UserError(f"keep: {k!r} is not of the same size for all pictures; it cannot be kept")
+                    more[k][i] = v
+                at += f.write(np.ascontiguousarray(im))
+                if i%256==0: _fits(at, path.parent, gb, f'the pictures of {i+1} of {n} lines take')
+            if rng.bit_generator.state!=np.random.default_rng(0).bit_generator.state: raise UserError("keep: there are lines that name several pictures, of which chance takes one; they cannot be kept")
+            if not at: raise UserError("keep: none of the lines has a usable picture")
+        with write_beside(path.with_suffix('.npz')) as tmp, open(tmp, 'wb') as f: np.savez(f, table=table, **more)
+    except OSError as e: raise UserError(f"keep: {path}: {e.strerror}") from None
+
 # %% ../nbs/shared/01_samples.ipynb #7ea2da79
 RAGGED = ('polys', 'ignore_tags') # Of these a picture has as many as it has words
 
@@ -481,19 +616,23 @@ def batch_order(
     lines:SampleSet,
     bs:int, shuffle:bool, drop_last:bool, buckets:bool, # As for `SampleDL`
     skip:int=0, # Begin with this batch
+    part=(0,1), # Which of how many equal parts of each batch; `bs` is of a part
 ): # Arrays of indices, one after another
     "The batches of the epoch that `lines` is in"
-    n = len(lines)
+    n,(rank,world) = len(lines),part
+    bs *= world
     rng = lambda *o: np.random.default_rng([lines.seed, lines.epoch, n, *o])
     order = rng().permutation(n) if shuffle else np.arange(n)
     if drop_last: order = order[:n//bs*bs]
+    if lines.train: order = np.resize(order, math.ceil(len(order)/world)*world)
     per = POOL*bs if buckets else bs
     for p in range(skip//(per//bs), math.ceil(len(order)/per)):
         pool = order[p*per:(p+1)*per]
         if buckets: pool = pool[np.argsort(lines.shapes(pool), kind='stable')]
         batches = [pool[i:i+bs] for i in range(0, len(pool), bs)]
         if buckets and shuffle: batches = [batches[i] for i in rng(1, p).permutation(len(batches))]
-        yield from batches[max(0, skip-p*(per//bs)):]
+        for b in batches[max(0, skip-p*(per//bs)):]:
+            if len(own := np.array_split(b, world)[rank]): yield own
 
 # %% ../nbs/shared/01_samples.ipynb #66f858c4
 class SampleDL(DataLoader):
@@ -506,12 +645,18 @@ class SampleDL(DataLoader):
         num_workers:int=0, # Processes that read ahead; 0: none
         buckets:bool=False, # Lines of similar proportions in a batch, which is only as wide as it needs?
         device=None, # That the batches are moved to; default: none
+        part=(0,1), # Of so many loaders that share an epoch: which one this is, from 0, and how many
         **kwargs, # fastai's
     ):
+        if not 0<=part[0]<part[1]: raise UserError(f"part {part[0]} of {part[1]}: parts are counted from 0")
+        self.part = tuple(part)
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers, device=device, **kwargs)
         self.buckets,self.skip,self.columns = buckets,0,(0,0)
-        if not len(self): raise UserError(f"{len(dataset)} lines, fewer than one batch of {bs}")
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'buckets': self.buckets, **kwargs})
+        if not len(self): raise UserError(f"{len(dataset)} lines, fewer than one batch of {bs}{f' in each of {part[1]} parts' if part[1]>1 else ''}")
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'buckets': self.buckets, 'part': self.part, **kwargs})
+    def __len__(self):
+        whole,rest = divmod(len(self.dataset), self.bs*self.part[1])
+        return whole + (not self.drop_last and rest>(0 if self.dataset.train else self.part[0]))
     @property
     def faults(self): return self.dataset.faults
     @property
@@ -531,7 +676,7 @@ def _loader(self:SampleDL):
     seed = int(np.random.SeedSequence([lines.seed, lines.epoch, len(lines)]).generate_state(1)[0])
     fork = 'fork' if workers and 'fork' in multiprocessing.get_all_start_methods() else None
     return torch.utils.data.DataLoader(_Batches(lines, self.buckets), batch_size=None, collate_fn=_same, num_workers=workers,
-        sampler=batch_order(lines, self.bs, self.shuffle, self.drop_last, self.buckets, self.skip), multiprocessing_context=fork,
+        sampler=batch_order(lines, self.bs, self.shuffle, self.drop_last, self.buckets, self.skip, self.part), multiprocessing_context=fork,
         worker_init_fn=_worker, generator=torch.Generator().manual_seed(seed), pin_memory=self.device is not None and self.device.type=='cuda')
 
 @patch

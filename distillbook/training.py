@@ -11,16 +11,16 @@ __all__ = ['evaluate', 'EvalEvery', 'LogLines', 'ShowBar', 'build_learner', 'tra
 # %% ../nbs/practice/05_training.ipynb #7a66ad79
 import datetime, json, logging, time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import cv2, numpy as np, torch
 from torch import nn
-from fastai.basics import Callback, CancelValidException, get_model, set_seed
+from fastai.basics import Callback, CancelValidException, get_model, num_distrib, rank_distrib, set_seed
 from fastai.callback.all import ProgressCallback
 from .checkpoint import Checkpoint, load_file, save_file
-from .core import UserError, unknown, write_beside
+from .core import UserError, keep_memory, unknown, write_beside
 from .learner import DistillLearner, distill_learner
 from .nets import Nets
 from .optim import make_groups, make_opt_func, opt_cbs
@@ -42,6 +42,7 @@ def evaluate(
     decoder, # From `build_decoder`
     metric, # From `build_metric`
     bar=iter, # What the loader is put into, e.g. a progress bar
+    add_up=None, # From the metric and the number of pictures to the number on all ranks, which has been added up in the metric too
 )->dict: # The metric's numbers, and `fps`: pictures a second
     "What the networks are worth on the lines or pages of a loader"
     was,n,start,device = model.training,0,time.perf_counter(),next(model.parameters()).device
@@ -53,6 +54,7 @@ def evaluate(
                 metric(decoder(model(batch[0].to(device)), batch[1]), batch)
                 n += len(batch[0])
     finally: model.train(was)
+    if add_up: n = add_up(metric, n)
     if not n: raise UserError("there is nothing to evaluate: no line of the Eval data could be used")
     return {**metric.get_metric(), 'fps': n/(time.perf_counter()-start)}
 
@@ -81,7 +83,7 @@ class EvalEvery(Callback):
         log.info('cur metric, %s', ', '.join(f'{k}: {v:.5g}' for k,v in got.items()))
         if kept.best is None or got[self.indicator]>=kept.best:
             kept.best = got[self.indicator]
-            save_file(dict(model=get_model(self.learn.model).state_dict(), metrics=got, epoch=self.epoch, step=self.step), kept.best_file)
+            if not rank_distrib(): save_file(dict(model=get_model(self.learn.model).state_dict(), metrics=got, epoch=self.epoch, step=self.step), kept.best_file)
         log.info('best metric, %s: %.5g', self.indicator, kept.best)
 
 # %% ../nbs/practice/05_training.ipynb #15d1b81c
@@ -152,8 +154,13 @@ def _unloaded(cfg):
 
 def _nets(model): return model if isinstance(model, Nets) else Nets(dict(Model=model))
 
-def _evaluator(cfg, nets, dl):
-    return partial(evaluate, nets if nets.names!=['Model'] else nets['Model'], dl, build_decoder(cfg), build_metric(cfg))
+def _evaluator(cfg, nets, dl, add_up=None):
+    return partial(evaluate, nets if nets.names!=['Model'] else nets['Model'], dl, build_decoder(cfg), build_metric(cfg), add_up=add_up)
+
+def _devices():
+    try: from distillbook import devices
+    except ImportError as e: raise UserError(f"{num_distrib()} ranks were started, and to train on several the package accelerate is wanted: pip install distillbook[devices]") from e
+    return devices
 
 @contextmanager
 def _fitting(what):
@@ -191,26 +198,31 @@ def build_learner(
     cfg:dict, # The whole configuration
 )->DistillLearner: # `learn.fit(cfg['Global']['epoch_num'])` trains it
     "A learner with everything that a configuration says"
-    g,o = cfg['Global'],cfg['Optimizer']
+    g,o,several = cfg['Global'],cfg['Optimizer'],num_distrib()>1
+    cuda = bool(g.get('use_gpu')) and torch.cuda.is_available()
+    group = _devices().join(not cuda) if several else None
     set_seed(g.get('seed') or 1024)
     resume = g.get('checkpoints')
-    nets = _nets(build_model(_unloaded(cfg) if resume else cfg))
+    nets = _nets(build_model(_unloaded(cfg) if resume else cfg)).to(memory_format=torch.channels_last)
     dls = build_dls(cfg)
+    if several: dls.loaders = [_devices().part_of(dl, rank_distrib(), num_distrib(), i==0) for i,dl in enumerate(dls.loaders)]
     if not len(dls.train): raise UserError(f"{place(cfg, 'Train')}: fewer lines than one batch of {cfg['Train']['loader']['batch_size_per_card']}")
-    dls.to('cuda' if g.get('use_gpu') and torch.cuda.is_available() else 'cpu')
+    dls.to('cuda' if cuda else 'cpu')
     if any((m or {}).get('cache') for m in (cfg['Architecture'].get('Models') or {}).values()):
         with within(cfg, 'Train', 'dataset', 'variants'): check_cacheable(dls.train, 'Train.dataset.variants')
     start,every = _steps(cfg)
     with within(cfg, 'Optimizer', 'lr'): schedule = lr_schedule(o.get('lr'), g['epoch_num'], len(dls.train))
     with within(cfg, 'Optimizer'): opt_func,groups,cbs = make_opt_func(o),make_groups(o),opt_cbs(o)
     with within(cfg, 'Global', 'checkpoints'): keep = _checkpoint(cfg, existing(resume, ('.pth','')) if resume else None)
-    look = EvalEvery(_evaluator(cfg, nets, dls.valid), build_metric(cfg).main_indicator, start, every)
+    look = EvalEvery(_evaluator(cfg, nets, dls.valid, _devices().add_up_nets if several else None), build_metric(cfg).main_indicator, start, every)
     lines = LogLines(g.get('print_batch_step', 10), g.get('log_smooth_window', 20), _scorer(cfg) if g.get('cal_metric_during_train') else None)
     learn = distill_learner(dls, nets, build_terms(cfg), opt_func=opt_func, groups=groups, cbs=[FollowSchedule(schedule), *cbs, lines, look, keep])
     _try_evaluation(cfg, nets, dls.valid.dataset)
     learn.remove_cbs(ProgressCallback)
     learn.logger = lambda *_: None
-    return learn.to_fp16() if g.get('use_amp') else learn
+    if several: learn.to_distributed(accelerator=group)
+    if not g.get('use_amp'): return learn
+    return learn.to_bf16() if g.get('amp_dtype')=='bfloat16' else learn.to_fp16()
 
 # %% ../nbs/practice/05_training.ipynb #1d10d47c
 def _checkpoint(cfg, resume):
@@ -224,23 +236,28 @@ def train(
     cbs=(), # Callbacks besides
 )->DistillLearner:
     "The whole run"
-    folder = Path(cfg['Global'].get('save_model_dir') or 'output')
+    folder,first = Path(cfg['Global'].get('save_model_dir') or 'output'),not rank_distrib()
     if cfg['Global'].get('threads'): torch.set_num_threads(cfg['Global']['threads'])
-    folder.mkdir(parents=True, exist_ok=True)
-    written = logging.FileHandler(folder/'train.log', encoding='utf-8')
-    written.setFormatter(logging.Formatter('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
-    was = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(written)
-    try:
+    keep_memory()
+    with _log_file(folder) if first else nullcontext():
         learn = build_learner(cfg)
-        learn.add_cbs(cbs)
-        if save_config: save_config(cfg, folder/'config.yml')
-        log.info('train with %d networks (%s), %d lines, %d steps an epoch, on %s', len(learn.model.names), ', '.join(f"{n}{' frozen' if n in learn.model.frozen else ''}" for n in learn.model.names),
-                 len(learn.dls.train_ds), len(learn.dls.train), learn.dls.device)
-        learn.fit(cfg['Global']['epoch_num'])
+        if first: learn.add_cbs(cbs)
+        if first and save_config: save_config(cfg, folder/'config.yml')
+        log.info('train with %d networks (%s), %d lines, %d steps an epoch, on %s%s', len(learn.model.names), ', '.join(f"{n}{' frozen' if n in learn.model.frozen else ''}" for n in learn.model.names),
+                 len(learn.dls.train_ds), len(learn.dls.train), learn.dls.device, f' and {num_distrib()-1} other ranks' if num_distrib()>1 else '')
+        try: learn.fit(cfg['Global']['epoch_num'])
+        except RuntimeError as e: raise _devices().lost(e, learn.checkpoint.last_file) if num_distrib()>1 else e
         for side,dl in zip(('Train','Eval'), learn.dls): _say_faults(side, dl)
         return learn
+
+@contextmanager
+def _log_file(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    written,was = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
+    written.setFormatter(logging.Formatter('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
+    log.setLevel(logging.INFO)
+    log.addHandler(written)
+    try: yield
     finally:
         log.removeHandler(written)
         log.setLevel(was)

@@ -225,3 +225,20 @@ def test_the_teachers_weights_are_in_the_state_under_its_name(net, tmp_path):
 def test_a_tap_inside_a_cached_teacher_is_refused_clearly(net, tmp_path):
     with pytest.raises(UserError, match=r'Teacher\.net\.1.*(never|not) (ran|run|called)'):
         made(CachedNet(net, tmp_path/'c.bin'), terms=[Term(distance,'Student.2','Teacher.net.1')])
+
+
+def test_several_processes_add_to_one_file(tmp_path):
+    "Ranks of one job write the same file at once: every record is whole, and none is there twice"
+    import subprocess, sys
+    code = """
+import sys, numpy as np
+from distillbook.cache import Answers
+a,who = Answers(sys.argv[1], 'x'),int(sys.argv[2])
+for i in range(40): a.add({bytes([k, who if k%2 else 9]*8): {'': np.full(1000, k, np.float32)} for k in (2*i, 2*i+1)})
+"""
+    jobs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'a.bin'), str(w)]) for w in range(3)]
+    assert [p.wait(timeout=120) for p in jobs]==[0]*3
+    a = Answers(tmp_path/'a.bin', 'x')
+    assert not a.look() and len(a)==40+3*40
+    assert all((a.get(k)['']==k[0]).all() and a.get(k)[''].shape==(1000,) for k in list(a.places))
+    assert (tmp_path/'a.bin').stat().st_size < len(a)*4100+200

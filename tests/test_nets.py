@@ -278,3 +278,58 @@ def test_projectors_stay_outside_the_nets():
     assert not any('proj' in k for k in nets['Student'].state_dict())
     assert [k for k in nets.state_dict() if not k.startswith('Student.')]==['_projectors.a hint.channels.weight', '_projectors.a hint.channels.bias']
     assert set(nets(torch.randn(2,4)))=={'Student'}
+
+
+# ---- what a frozen network costs
+
+def test_the_frozen_run_first():
+    "Whatever their place, and the answers keep the order of the networks"
+    order = []
+    nets = Nets({n: nn.Linear(2,2) for n in 'ABCD'}, frozen=['B','D'])
+    for n in nets.names: nets[n].register_forward_hook(lambda *_,n=n: order.append(n))
+    assert list(nets(torch.zeros(1,2)))==list('ABCD') and order==list('BDAC')
+    nets.unfreeze('D')
+    order.clear()
+    nets(torch.zeros(1,2))
+    assert order==list('BACD')
+
+def test_bf16_of_the_frozen():
+    "Coarse numbers inside, float32 outside, also under autocast of the others, and nothing of it once the network learns again"
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16,4)
+        def forward(self, x):
+            y = self.fc(x)
+            return dict(y=y, inner=[y, (y, 3)], inside=torch.tensor(float(y.dtype==torch.bfloat16)))
+    torch.manual_seed(0)
+    nets,x = Nets(dict(A=Several(), T=Several()), frozen=['T'], bf16=['T','A']),torch.randn(64,16)
+    out = nets(x)
+    assert (out['T']['inside'],out['A']['inside'])==(1,0)
+    assert {o.dtype for o in (out['T']['y'], out['T']['inner'][0], out['T']['inner'][1][0], out['A']['y'])}=={torch.float32} and out['T']['inner'][1][1]==3
+    exact = nets['T'](x)['y']
+    assert 0 < (exact-out['T']['y']).abs().max() < .02*exact.abs().max()
+    assert not torch.is_autocast_enabled('cpu') and nets['T'].fc.weight.dtype==torch.float32
+    nets.unfreeze('T')
+    assert nets(x)['T']['inside']==0 and nets(x)['T']['y'].requires_grad
+    with pytest.raises(UserError, match="no net 'B'"): Nets(dict(A=nn.Linear(2,2)), bf16=['B'])
+
+def test_a_frozen_network_keeps_nothing():
+    "No graph: what it computed on the way is gone before the others run"
+    import gc, weakref
+    alive,kept = [],[]
+    class Teacher(nn.Module):
+        def forward(self, x):
+            y = x*2
+            kept.append(weakref.ref(y))
+            return y.sum(-1)
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4,2)
+        def forward(self, x):
+            gc.collect()
+            alive.append(kept[-1]() is not None)
+            return self.fc(x)
+    Nets(dict(S=Student(), T=Teacher()), frozen=['T'])(torch.randn(3,4))
+    assert alive==[False]

@@ -1,0 +1,50 @@
+"What the benchmarks count: parts of a step, ratios, and that what they compare computes the same"
+import json, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from benchmarks import speed
+from distillbook.rec.backbone import MobileNetV1Enhance
+from distillbook.rec.losses import ctc_loss
+
+def test_split():
+    "Between callbacks is work, inside them is what they cost"
+    notes,t = [],0.
+    for work,event,cbs in ((1,'before_batch',.1), (5,'after_pred',.2), (2,'after_loss',.1), (0,'before_backward',.1), (7,'after_backward',.1), (0,'before_step',.1), (3,'after_step',.1), (.5,'after_batch',.2))*2:
+        notes += [(event,-1000,t := t+work), (event,1000,t := t+cbs)]
+    got = speed.split(notes, 2)
+    assert got==pytest.approx(dict(data=.5, forward=5, losses=2, backward=7, optimizer=3, callbacks=1., rest=.5))
+
+def test_ratios():
+    rows = list(speed.ratios(dict(a=[1.,2.,4.], b=[2.,2.,2.]), 'a'))
+    assert rows[1]==dict(what='b', ms=2000., ratio=1., lowest=.5, highest=2.)
+
+def test_sparse_ctc():
+    "Repeated characters, empty labels and labels too long for the line included"
+    torch.manual_seed(0)
+    x = torch.randn(6,12,40,requires_grad=True)
+    y,l = torch.randint(1, 40, (6,10)),torch.tensor([0,1,5,6,10,10])
+    y[2],y[5] = 7,7
+    y[torch.arange(10)>=l[:,None]] = 0
+    a,b = ctc_loss(x, y, l),speed.sparse_ctc(x, y, l)
+    ga,gb = [torch.autograd.grad(o, x)[0] for o in (a, b)]
+    assert a.item()==pytest.approx(b.item(), rel=1e-5) and torch.allclose(ga, gb, atol=1e-5)
+
+def test_doubled():
+    "Twins in groups compute what the two compute"
+    torch.manual_seed(0)
+    a,b,both = MobileNetV1Enhance(scale=.25).eval(),MobileNetV1Enhance(scale=.25).eval(),speed.doubled(MobileNetV1Enhance(scale=.25)).eval()
+    state = both.state_dict()
+    for k,v in state.items():
+        if v.ndim: v.copy_(torch.cat([a.state_dict()[k], b.state_dict()[k]]))
+    x = torch.randn(2,3,48,64)
+    with torch.no_grad(): assert torch.allclose(both(torch.cat([x,x], 1)), torch.cat([a(x), b(x)], 1), atol=1e-5)
+
+def test_command(tmp_path):
+    "One suite, as a user runs it"
+    r = subprocess.run([sys.executable, '-m', 'benchmarks', 'ctc', '--rounds', '1', '--threads', '1', '--json', str(tmp_path/'o.json')], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert r.returncode==0 and 'those in the label' in r.stdout, r.stderr
+    found = json.loads((tmp_path/'o.json').read_text())
+    assert found['threads']==1 and found['machine']['cores']>=1 and len(found['ctc'])==4 and all(o['ms']>0 for o in found['ctc'])
+    r = subprocess.run([sys.executable, '-m', 'benchmarks', 'stpes'], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert r.returncode==2 and "no suite 'stpes'" in r.stderr
