@@ -1,7 +1,7 @@
 """Where the time of a training step goes: what `python -m benchmarks` measures.
 
 Each suite is a function that gives rows (dicts). Whatever is compared runs in turns in one process, a round after another, the first round left out; shown are medians, and the lowest and highest ratio of two turns of one round."""
-import gc, json, resource, subprocess, sys, tempfile, time
+import gc, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -335,9 +335,14 @@ def teacher(rounds=7, **_):
     yield dict(what='peak memory: with the teacher over (students alone + its weights)', MB=round(peaks['with']/2**20), of=round((peaks['without']+weights)/2**20), ratio=round(peaks['with']/(peaks['without']+weights), 3))
 
 
+def high_water():
+    "Bytes that this process has held at most (Linux; getrusage would count what its parent held before exec)"
+    return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
+
+
 def peak(which, steps=3):
     "Bytes that networks and training take at most, beyond what the process had before"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     cfg,nets,terms,xb,yb = work('cml', bs=8)
     if which=='without': nets = Nets({n: nets[n] for n in nets.names if n!='Teacher'})
     own = [t for t in build_terms(cfg) if which=='with' or not any(a.startswith('Teacher') for a in t.addresses)]
@@ -345,7 +350,7 @@ def peak(which, steps=3):
     opt = torch.optim.Adam([p for p in nets.parameters() if p.requires_grad], lr=1e-3, fused=True)
     nets.train()
     for _ in range(steps): bare(nets, terms, xb, yb, opt)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)*1024
+    return high_water()-before
 
 
 # ---- using what was trained

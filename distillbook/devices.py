@@ -20,8 +20,9 @@ from fastai.callback.all import ProgressCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .core import UserError
-from .learner import DistillLearner, NetMetric
+from .learner import DistillLearner, NetMetric, _first_batch
 from .nets import Nets
+from .terms import dry_run
 
 # %% ../nbs/practice/14_devices.ipynb #98e85ac6
 def join(
@@ -88,8 +89,6 @@ def outside(
 
 def reached(learn:DistillLearner, dl)->dict:
     "Which trainable parameters get a gradient from a batch; networks and generators are afterwards what they were"
-    from distillbook.learner import _first_batch
-    from distillbook.terms import dry_run
     nets = get_model(learn.model)
     xb,yb = _first_batch(learn.dls, nets.want_targets())
     with dry_run(nets), torch.enable_grad():
