@@ -247,6 +247,7 @@ def train(
                  len(learn.dls.train_ds), len(learn.dls.train), learn.dls.device, f' and {num_distrib()-1} other ranks' if num_distrib()>1 else '')
         try: learn.fit(cfg['Global']['epoch_num'])
         except RuntimeError as e: raise _devices().lost(e, learn.checkpoint.last_file) if num_distrib()>1 else e
+        if num_distrib()>1: _devices().leave()
         for side,dl in zip(('Train','Eval'), learn.dls): _say_faults(side, dl)
         return learn
 

@@ -161,7 +161,7 @@ def test_words_about_mistakes(monkeypatch, tmp_path):
 
 ENV = {k: v for k,v in os.environ.items() if k not in ('RANK','WORLD_SIZE')} | {'OMP_NUM_THREADS': '1'}
 
-def torchrun(*args, **kw): return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def torchrun(*args, restarts=0): return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--max-restarts', str(restarts), '--nproc-per-node', '2', *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
