@@ -31,7 +31,7 @@ def join(
 )->Accelerator:
     "Meet the other ranks that `torchrun` or `accelerate launch` has started"
     got = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))])
-    if got.num_processes!=max(num_distrib(), 1): raise UserError(f"{num_distrib()} ranks were started, but {got.num_processes} met: start them with torchrun or accelerate launch (--cpu where there is no GPU)")
+    if got.num_processes!=max(num_distrib(), 1): raise UserError(f"{num_distrib()} ranks were started, but {got.num_processes} met: start them with torchrun or accelerate launch --multi-gpu")
     return got
 
 def leave():
