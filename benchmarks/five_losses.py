@@ -15,7 +15,7 @@ from distillbook.core import write_beside
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, dml_paddle
 from distillbook.layers import conv_bn
-from distillbook.rec.data import WordDL, font_files, normalise, render_words
+from distillbook.rec.render import WordDL, font_files, normalise, render_words
 from distillbook.rec.decode import ctc_decode, sar_decode
 from distillbook.rec.labels import SARClasses, multi_label
 from distillbook.rec.losses import ctc_loss

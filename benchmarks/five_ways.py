@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 import torch
 from fastai.basics import OptimWrapper, set_seed
-from distillbook.config import load_config
+from distillbook.config.files import load_config
 from distillbook.core import write_beside
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, dml_paddle, kd
-from distillbook.rec.data import word_dls
+from distillbook.rec.render import word_dls
 from distillbook.rec.decode import RecMetric
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.losses import ctc_loss
 from distillbook.rec.nets import PlainStudent
-from distillbook.run import batches, get_teacher, read_all, score, word_sets
+from distillbook.use.run import batches, get_teacher, read_all, score, word_sets
 from distillbook.terms import Term
 
 WAYS = ['labels', 'dml2', 'dml3', 'dml2+distance', 'frozen teacher']

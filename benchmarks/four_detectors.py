@@ -4,7 +4,7 @@
 
 The ways: labels alone, once for each of the two students' first weights; mutual learning of two students (DML); collaborative mutual learning (CML) of two under a frozen teacher that was trained here; CML under the released server detector. The pages and their order, the number of steps and the schedule
 are the same for all; a seed sets the first weights of both students, the same in all ways, and the order of the pages. What differs is how many networks a step trains. A teacher is asked once about each page, and its answers are kept. One thread.
-Each run's numbers, and the boxes found on a few pages, are written when it ends, and a run whose numbers are there is not run again. `nbs/finding/10_four_ways.ipynb` shows them."""
+Each run's numbers, and the boxes found on a few pages, are written when it ends, and a run whose numbers are there is not run again. `nbs/experiments/04_four_ways.ipynb` shows them."""
 import argparse, json, time
 from pathlib import Path
 import cv2, numpy as np, torch
@@ -17,12 +17,12 @@ from distillbook.det.boxes import DBPostProcess
 from distillbook.det.losses import db_loss, dila_db, dml_maps
 from distillbook.det.metric import DetMetric
 from distillbook.det.nets import plain_det
-from distillbook.det.pages import render_page
+from distillbook.det.render import render_page
 from distillbook.det.targets import border_targets, shrink_targets
 from distillbook.learner import distill_learner
 from distillbook.terms import Term
-from distillbook.teachers import load_teacher
-from distillbook.words import font_files, make_words
+from distillbook.use.teachers import load_teacher
+from distillbook.data.render import font_files, make_words
 
 SIDE,PAGES,TEST,BS,LR = 256,480,150,8,3e-3
 STUDENT,TEACHER = dict(channels=(8,16,32,64), out_channels=32),dict(channels=(24,48,96,192), out_channels=64)

@@ -13,12 +13,12 @@ import cv2, numpy as np, torch
 from fastai.callback.core import CancelFitException
 from fastai.learner import Callback
 from benchmarks.quickstart import machine
-from distillbook.config import build_learner, load_config
+from distillbook.config.files import build_learner, load_config
 from distillbook.core import write_beside
-from distillbook.det.pages import render_page
-from distillbook.paddle import build_dl, build_set
-from distillbook.rec.data import render_word
-from distillbook.words import font_files, make_words
+from distillbook.det.render import render_page
+from distillbook.config.paddle import build_dl, build_set
+from distillbook.rec.render import render_word
+from distillbook.data.render import font_files, make_words
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 CASES = dict(rec=('rec/ppocrv3_distillation.yml', (8,128)), det=('det/ppocrv3_cml.yml', (1,8)))
@@ -100,7 +100,7 @@ def operations(kind, folder, rounds, n=48):
 
 def pictures(folder, kind, suffix, rounds):
     "Microseconds to read and decode a picture, and to read it from the file of pixels, copied"
-    from distillbook.samples import DecodeImage, keep_pictures, label_files
+    from distillbook.data.sets import DecodeImage, keep_pictures, label_files
     lines = [o for o in (folder/'list.txt').read_text().split('\n') if o.split('\t')[0].endswith(suffix)]
     (folder/f'{suffix}.txt').write_text('\n'.join(lines))
     source,op = label_files(folder/f'{suffix}.txt', folder),DecodeImage(img_mode='BGR')

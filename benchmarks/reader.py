@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2, numpy as np, torch
 from rapidfuzz.distance import Levenshtein
 from distillbook.core import write_beside
-from distillbook.det.pages import render_page
-from distillbook.ocr import Reader
-from distillbook.released import teacher_file
-from distillbook.words import font_files, make_words
+from distillbook.det.render import render_page
+from distillbook.use.ocr import Reader
+from distillbook.use.released import teacher_file
+from distillbook.data.render import font_files, make_words
 
 
 def pages(n):

@@ -10,18 +10,18 @@ from torch import nn
 from fastai.basics import Callback, CancelValidException, DataLoaders, Learner, OptimWrapper
 from fastai.callback.all import GradientAccumulation, ProgressCallback
 from torch.utils.checkpoint import checkpoint_sequential
-from distillbook.config import load_config
+from distillbook.config.files import load_config
 from distillbook.core import keep_memory
 from distillbook.learner import DistillLearner, distill_learner
 from distillbook.losses import kd
 from distillbook.nets import Nets, Targets
-from distillbook.paddle import build_decoder, build_metric, build_model, build_terms
+from distillbook.config.paddle import build_decoder, build_metric, build_model, build_terms
 from distillbook.rec.backbone import MobileNetV1Enhance
 from distillbook.rec.labels import Alphabet, SARClasses
 from distillbook.rec.losses import ctc_loss
 from distillbook.rec.nets import PlainStudent
 from distillbook.terms import Term, Terms
-from distillbook.training import evaluate
+from distillbook.use.training import evaluate
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 CHARS = [chr(0x4e00+i) for i in range(6623)]

@@ -13,7 +13,7 @@ from distillbook.checkpoint import Checkpoint, Stopped, load_file, plain, save_f
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
 from distillbook.losses import distance, dml, kd
-from distillbook.samples import SampleDL, SampleSet
+from distillbook.data.sets import SampleDL, SampleSet
 from distillbook.schedules import FollowSchedule, lr_schedule
 from distillbook.terms import Term
 
@@ -366,7 +366,7 @@ def process(folder, kind, fit, opt, kill=None, **kw):
 def run():
     "Start `process` in a process of its own; the server that forks them has done the imports"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'distillbook.samples', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
+    ctx.set_forkserver_preload(['pytest', 'fastai.callback.all', 'distillbook.checkpoint', 'distillbook.schedules', 'distillbook.data.sets', 'torch._dynamo']) # the last: a PyTorch optimiser imports it
     def start(*args, **kw):
         p = ctx.Process(target=process, args=args, kwargs=kw)
         p.start()

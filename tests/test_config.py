@@ -1,6 +1,6 @@
 "The configuration file: what it fills in, and what it says of mistakes."
 import copy, pytest, yaml
-from distillbook.config import checked, defaults, line_of, load_config, save_config
+from distillbook.config.files import checked, defaults, line_of, load_config, save_config
 from distillbook.core import UserError
 
 

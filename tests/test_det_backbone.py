@@ -8,7 +8,7 @@ from torch import nn
 from distillbook.core import UserError
 from distillbook.det.backbone import *
 from distillbook.layers import construct, paddle_batchnorm
-from distillbook.weights import load_paddle
+from distillbook.use.weights import load_paddle
 from weights_formula import fill
 
 GOLDEN = Path(__file__).parent/'golden'

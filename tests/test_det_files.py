@@ -1,9 +1,9 @@
 "Detection's label lines, colours, sizes for evaluation, and PaddleOCR's lists of operations"
 import cv2, json, logging, math, numpy as np, pytest, torch, yaml
 from distillbook.core import UserError
-from distillbook.det.files import IGNORE, OPS, DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, make_ops, read_points
-from distillbook.det.pages import write_pages
-from distillbook.samples import SampleDL, SampleSet, label_files
+from distillbook.det.operations import IGNORE, OPS, DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, make_ops, read_points
+from distillbook.det.render import write_pages
+from distillbook.data.sets import SampleDL, SampleSet, label_files
 
 BOX = [[10,10],[60,12],[60,30],[10,28]]
 def word(text='a', points=BOX, **kwargs): return dict(transcription=text, points=points, **kwargs)

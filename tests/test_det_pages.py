@@ -3,9 +3,9 @@ import cv2, json, numpy as np, pytest
 from pathlib import Path
 from shapely.geometry import Polygon
 from distillbook.core import UserError
-from distillbook.det import pages
-from distillbook.det.pages import TEXTURES, are_apart, corners, find_place, ink_colour, placing, render_page, show_page, small_word, texture, write_pages, write_word
-from distillbook.words import font_files, make_words
+from distillbook.det import render as pages
+from distillbook.det.render import TEXTURES, are_apart, corners, find_place, ink_colour, placing, render_page, show_page, small_word, texture, write_pages, write_word
+from distillbook.data.render import font_files, make_words
 
 WORDS,DEJAVU,ROBOTO = make_words(300, seed=1),font_files('dejavu'),font_files('roboto')
 def page(seed, height=256, width=256, words=WORDS, fonts=DEJAVU, **kwargs): return render_page(np.random.default_rng(seed), height, width, words, fonts, **kwargs)

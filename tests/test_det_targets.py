@@ -3,7 +3,7 @@ import json, sys
 from pathlib import Path
 import cv2, numpy as np, pytest
 from distillbook.core import UserError
-from distillbook.det.files import make_ops
+from distillbook.det.operations import make_ops
 from distillbook.det.targets import MakeBorderMap, MakeShrinkMap, border_targets, inside_page, measure, shift, shift_distance, shrink_polygon, shrink_targets, usable
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.targets import loop_border, loop_shrink, words

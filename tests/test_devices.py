@@ -154,7 +154,7 @@ def test_words_about_mistakes(monkeypatch, tmp_path):
     fails(distillbook('train', '-c', ROOT/'configs/quickstart.yml', '-o', f'Global.save_model_dir={tmp_path}'), 'a first run is for one process')
     monkeypatch.setitem(sys.modules, 'distillbook.devices', None)
     monkeypatch.delattr('distillbook.devices', raising=False)
-    from distillbook.training import _devices
+    from distillbook.use.training import _devices
     with pytest.raises(UserError, match=re.escape('pip install distillbook[devices]')): _devices()
 
 # ---- jobs

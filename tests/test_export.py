@@ -5,14 +5,14 @@ import cv2, numpy as np, onnx, pytest, torch
 from torch import nn
 from distillbook.core import UserError
 from distillbook.det.nets import build_det, plain_det
-from distillbook.det.pages import render_page
-from distillbook.export import *
-from distillbook.rec.data import normalise, render_words
+from distillbook.det.render import render_page
+from distillbook.use.export import *
+from distillbook.rec.render import normalise, render_words
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.nets import PlainStudent, Sliced, build_rec, ppocrv3_rec
-from distillbook.teachers import OnnxNet, load_teacher
-from distillbook.training import Trained
-from distillbook.words import font_files, make_words
+from distillbook.use.teachers import OnnxNet, load_teacher
+from distillbook.use.training import Trained
+from distillbook.data.render import font_files, make_words
 
 AB = Alphabet('0123456789abcdefghijklmnopqrstuvwxyz')
 HEADS = dict(return_all_feats=True, Backbone=dict(name='MobileNetV1Enhance', scale=0.0625, last_conv_stride=[1, 2], last_pool_type='avg', last_pool_kernel_size=[2, 2]), Head=dict(name='MultiHead', head_list=[
@@ -85,7 +85,7 @@ def test_any_network(tmp_path):
     assert about['task'] is None and 'network' in model_card(tmp_path/'n.onnx').read_text()
 
 def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr('distillbook.export._differ', lambda *a: 1e-3)
+    monkeypatch.setattr('distillbook.use.export._differ', lambda *a: 1e-3)
     with pytest.raises(UserError, match='differ'): export_onnx(PlainStudent(37, (8,8,8,8)), tmp_path/'r.onnx', 'rec', AB)
     assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from distillbook.core import UserError
 from distillbook.det.nets import plain_det, ppocrv3_det
-from distillbook.finetune import new_threshold, remap_classes
+from distillbook.use.finetune import new_threshold, remap_classes
 from distillbook.rec.labels import Alphabet, SARClasses
 from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
 

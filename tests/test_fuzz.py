@@ -7,14 +7,14 @@ from typer.testing import CliRunner
 from distillbook import cli, config
 from distillbook.checkpoint import load_file
 from distillbook.cli import app
-from distillbook.config import load_config
+from distillbook.config.files import load_config
 from distillbook.core import UserError
-from distillbook.paddle import build_model, build_set
-from distillbook.rec.data import read_image
-from distillbook.rec.files import OPS as REC
-from distillbook.samples import make_op
-from distillbook.weights import extract, load_weights, read_pickle, read_weights, save_weights
-from distillbook.words import draw_line, font_files
+from distillbook.config.paddle import build_model, build_set
+from distillbook.rec.render import read_image
+from distillbook.rec.operations import OPS as REC
+from distillbook.data.sets import make_op
+from distillbook.use.weights import extract, load_weights, read_pickle, read_weights, save_weights
+from distillbook.data.render import draw_line, font_files
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 SLOW = 40 # Seconds that no input may take

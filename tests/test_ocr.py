@@ -4,15 +4,15 @@ import cv2, numpy as np, pytest, torch
 from torch import nn
 from benchmarks.reader import errors, pages
 from distillbook.core import UserError
-from distillbook.det.pages import render_page
-from distillbook.export import export_onnx
-from distillbook.ocr import *
-from distillbook.ocr import as_image
+from distillbook.det.render import render_page
+from distillbook.use.export import export_onnx
+from distillbook.use.ocr import *
+from distillbook.use.ocr import as_image
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.nets import PlainStudent, Sliced
-from distillbook.released import teacher_file
-from distillbook.teachers import load_teacher
-from distillbook.words import draw_line, font_files, make_words
+from distillbook.use.released import teacher_file
+from distillbook.use.teachers import load_teacher
+from distillbook.data.render import draw_line, font_files, make_words
 
 @pytest.fixture(scope='module')
 def reader(): return Reader(threads=1)

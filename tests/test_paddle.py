@@ -5,13 +5,13 @@ import numpy as np, pytest, torch
 from fastai.basics import Callback
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config import build_decoder, build_learner, build_loss, build_metric, build_model, load_config
+from distillbook.config.files import build_decoder, build_learner, build_loss, build_metric, build_model, load_config
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
 from distillbook.optim import make_groups, make_opt_func, opt_cbs
-from distillbook.paddle import build_terms
+from distillbook.config.paddle import build_terms
 from distillbook.schedules import FollowSchedule, lr_schedule
-from distillbook.weights import load_paddle
+from distillbook.use.weights import load_paddle
 from weights_formula import fill
 
 GOLDEN = Path(__file__).parent/'golden'

@@ -3,12 +3,12 @@ import copy, json, logging, os, pickle, re, signal, subprocess, sys, time
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from distillbook.checkpoint import load_file, save_file
-from distillbook.config import build_decoder, build_dls, build_learner, build_loss, build_metric, build_model, load_config
+from distillbook.config.files import build_decoder, build_dls, build_learner, build_loss, build_metric, build_model, load_config
 from distillbook.core import UserError
-from distillbook.paddle import DistillationModel
-from distillbook.rec.data import font_files, make_words, render_words
-from distillbook.training import evaluate_config, train
-from distillbook.weights import read_pdparams
+from distillbook.config.paddle import DistillationModel
+from distillbook.rec.render import font_files, make_words, render_words
+from distillbook.use.training import evaluate_config, train
+from distillbook.use.weights import read_pdparams
 
 CONFIGS = Path(__file__).parents[1]/'configs'/'rec'
 V3,PLAIN,V2,THREE = (CONFIGS/f'{n}.yml' for n in ('ppocrv3_distillation','ppocrv3','ppocrv2_distillation','ppocrv3_distillation_3nets'))

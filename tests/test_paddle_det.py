@@ -5,15 +5,15 @@ import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config import build_decoder, build_loss, build_metric, build_model, load_config
+from distillbook.config.files import build_decoder, build_loss, build_metric, build_model, load_config
 from distillbook.checkpoint import load_file
 from distillbook.core import UserError
-from distillbook.det.pages import write_pages
+from distillbook.det.render import write_pages
 from distillbook.learner import distill_learner
 from distillbook.optim import make_groups, make_opt_func, opt_cbs
-from distillbook.paddle import build_terms
+from distillbook.config.paddle import build_terms
 from distillbook.schedules import FollowSchedule, lr_schedule
-from distillbook.weights import load_paddle
+from distillbook.use.weights import load_paddle
 from test_paddle import Same, Watch, load, near, paddle_names
 from weights_formula import fill
 
@@ -213,7 +213,7 @@ def test_train_eval_predict(which, pages, tmp_path):
 
 def test_a_teacher_without_a_threshold_branch_comes_back(pages, tmp_path, monkeypatch):
     "What a released file does not hold is not looked for in the run's own states"
-    from distillbook import paddle, training
+    from distillbook.config import paddle, training
     cfg = load_config(CONFIGS/'plain_cml.yml')
     bare = paddle.as_released(cfg['Architecture']['Models']['Teacher'])
     assert bare['Head']['thresh'] is False and 'thresh' not in cfg['Architecture']['Models']['Teacher']['Head']

@@ -2,10 +2,10 @@
 import cv2, json, numpy as np, os, pytest, string, torch
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook.rec import data
-from distillbook.rec.data import (make_words, font_files, draw_line, render_word, render_words, rendered_set, normalise, Lines, WordDL, WordData,
+from distillbook.rec import render as data
+from distillbook.rec.render import (make_words, font_files, draw_line, render_word, render_words, rendered_set, normalise, Lines, WordDL, WordData,
     word_dls, fit_line, read_image)
-from distillbook.samples import image_paths
+from distillbook.data.sets import image_paths
 from distillbook.rec.labels import Alphabet
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')

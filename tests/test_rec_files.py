@@ -2,10 +2,10 @@
 import cv2, json, logging, numpy as np, os, pickle, pytest, random, signal, string, subprocess, sys, time, torch
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook import samples as files
-from distillbook.rec.data import fit_line
-from distillbook.rec.files import OPS, RecResizeImg, make_ops
-from distillbook.samples import DecodeImage, KeepKeys, SampleDL, SampleSet, collate, label_files, line_table, lmdb_lines, sample_dls
+from distillbook.data import sets as files
+from distillbook.rec.render import fit_line
+from distillbook.rec.operations import OPS, RecResizeImg, make_ops
+from distillbook.data.sets import DecodeImage, KeepKeys, SampleDL, SampleSet, collate, label_files, line_table, lmdb_lines, sample_dls
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')
 KEYS = ['image', 'label_ctc', 'label_sar', 'length', 'valid_ratio']
@@ -545,8 +545,8 @@ def test_a_worker_that_is_killed(folder):
 PROGRAM = '''
 import sys, hashlib, time
 from pathlib import Path
-from distillbook.rec.files import *
-from distillbook.samples import SampleDL, SampleSet, label_files
+from distillbook.rec.operations import *
+from distillbook.data.sets import SampleDL, SampleSet, label_files
 folder,skip,slow = Path(sys.argv[1]),int(sys.argv[2]),float(sys.argv[3])
 ops,keys = make_ops([dict(DecodeImage=dict(img_mode='BGR')), dict(RecAug=None), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))], dict(max_text_length=25))
 dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, seed=3), bs=4, shuffle=True, num_workers=2)

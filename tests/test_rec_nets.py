@@ -10,8 +10,8 @@ from distillbook.rec.backbone import *
 from distillbook.rec.neck import *
 from distillbook.rec.nets import *
 from distillbook.layers import *
-from distillbook.released import teacher_file
-from distillbook.weights import load_onnx, load_paddle
+from distillbook.use.released import teacher_file
+from distillbook.use.weights import load_onnx, load_paddle
 from weights_formula import fill
 
 GOLDEN = Path(__file__).parent/'golden'

@@ -4,15 +4,15 @@ from functools import partial
 from pathlib import Path
 import cv2, matplotlib, numpy as np, pandas as pd, pytest, torch, yaml
 from torch import nn
-from distillbook.config import load_config, save_config
+from distillbook.config.files import load_config, save_config
 from distillbook.core import UserError
-from distillbook.det.files import DetLabelEncode
+from distillbook.det.operations import DetLabelEncode
 from distillbook.losses import dml, kd
 from distillbook.nets import Nets
-from distillbook.report import *
-from distillbook.samples import DecodeImage, SampleSet, label_files
+from distillbook.use.report import *
+from distillbook.data.sets import DecodeImage, SampleSet, label_files
 from distillbook.terms import Term, Terms
-from distillbook.training import train
+from distillbook.use.training import train
 
 ROOT = Path(__file__).parents[1]
 SMALL = [f'Architecture.Models.{n}.{k}' for n in ('Teacher','Student') for k in ('Backbone.scale=0.0625', 'Head.head_list.1.SARHead.enc_dim=8', 'Head.head_list.1.SARHead.d_k=8')] + ['Global.character_dict_path=']
@@ -88,7 +88,7 @@ def test_lr_find(words):
     matplotlib.pyplot.close(found.plot())
 
 def test_lr_find_puts_the_weights_back(words):
-    from distillbook.training import build_learner
+    from distillbook.use.training import build_learner
     learn = build_learner(config(words, 'never'))
     before = {k: v.clone() for k,v in learn.model.state_dict().items()}
     lr_find(learn, steps=20)

@@ -3,17 +3,17 @@ import builtins, copy, itertools, json, logging, os, pickle, tarfile
 from pathlib import Path
 from unittest import mock
 import cv2, numpy as np, pytest, torch
-from distillbook import samples, shards
-from distillbook.config import build_model, load_config
+from distillbook.data import sets as samples, shards
+from distillbook.config.files import build_model, load_config
 from distillbook.core import UserError
-from distillbook.paddle import build_dl
-from distillbook.det.files import make_ops as det_ops
-from distillbook.det.pages import render_page
-from distillbook.rec.data import render_words
-from distillbook.rec.files import make_ops
-from distillbook.samples import LabelFiles, SampleDL, SampleSet, batch_order, label_files, lmdb_lines
-from distillbook.shards import ShardDL, in_passing, places, shard_lines, shard_paths, stream_order, stream_spans, write_shards
-from distillbook.words import font_files, make_words
+from distillbook.config.paddle import build_dl
+from distillbook.det.operations import make_ops as det_ops
+from distillbook.det.render import render_page
+from distillbook.rec.render import render_words
+from distillbook.rec.operations import make_ops
+from distillbook.data.sets import LabelFiles, SampleDL, SampleSet, batch_order, label_files, lmdb_lines
+from distillbook.data.shards import ShardDL, in_passing, places, shard_lines, shard_paths, stream_order, stream_spans, write_shards
+from distillbook.data.render import font_files, make_words
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 KEYS = ['image','label','length']
@@ -119,7 +119,7 @@ def test_kept_file_is_read_and_not_the_pictures(words, tmp_path):
     source = label_files(words/'train.txt', words)
     kept = SampleSet(source, rec_ops(), KEYS, seed=2, ext_op_transform_idx=1, keep=tmp_path)
     assert len(kept.kept)==99
-    with mock.patch('distillbook.samples.decode', side_effect=AssertionError): kept[3]
+    with mock.patch('distillbook.data.sets.decode', side_effect=AssertionError): kept[3]
     other = pickle.loads(pickle.dumps(kept.kept))
     assert np.array_equal(other.read(3)['image'], cv2.imread(str(words/'003.png')))
     with pytest.raises(ValueError): other.read(3)['image'][:] = 0
@@ -249,7 +249,7 @@ def test_reading_begins_at_the_first_line_wanted(tars):
     dl = ShardDL(bare(shard_lines(tars)), bs=4, shuffle=False)
     dl.set_epoch(0, skip=20)
     opened = []
-    with mock.patch('distillbook.shards.in_passing', side_effect=lambda p: opened.append(Path(p).name) or in_passing(p)): assert numbers(dl)[0]==[80, 81, 82, 83]
+    with mock.patch('distillbook.data.shards.in_passing', side_effect=lambda p: opened.append(Path(p).name) or in_passing(p)): assert numbers(dl)[0]==[80, 81, 82, 83]
     assert opened==['000005.tar','000006.tar']
 
 def test_joined_and_augmented_lines_are_those_of_the_files(words, tars):

@@ -4,17 +4,17 @@ import numpy as np, onnxruntime as ort, pytest, torch
 from torch import nn
 from distillbook.cache import CachedNet
 from distillbook.core import UserError
-from distillbook.det.pages import render_page
+from distillbook.det.render import render_page
 from distillbook.losses import kd
 from distillbook.nets import Nets
-from distillbook.rec.data import normalise, render_words
+from distillbook.rec.render import normalise, render_words
 from distillbook.rec.decode import ctc_decode
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.nets import RecNet, Sliced
 from distillbook.det.nets import DetModel
-from distillbook.released import TEACHERS, teacher_file
-from distillbook.teachers import *
-from distillbook.words import font_files, make_words
+from distillbook.use.released import TEACHERS, teacher_file
+from distillbook.use.teachers import *
+from distillbook.data.render import font_files, make_words
 
 WORDS = render_words(['Pronghorn', '80517', 'LIMIT', 'quite'], font_files('dejavu'), noise=False)
 X = normalise(WORDS.images, WORDS.widths)

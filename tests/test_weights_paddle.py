@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from distillbook.core import UserError
 from distillbook.det.nets import server_det
-from distillbook.weights import *
+from distillbook.use.weights import *
 
 GOLDEN = Path(__file__).parent/'golden'
 
