@@ -89,7 +89,7 @@ def operations(kind, folder, rounds, n=48):
             sample = data.source.read(i, rng)
             sums['read'] = sums.get('read', 0)+time.perf_counter()-start
             for op in data.ops:
-                if hasattr(op, 'ext_data_num'): sample = {**sample, 'ext_data': [data._another(rng, data.first_ops, []) for _ in range(op.ext_data_num)]}
+                if hasattr(op, 'ext_data_num'): sample = {**sample, 'ext_data': [data._random_sample(rng, data.first_ops, []) for _ in range(op.ext_data_num)]}
                 start = time.perf_counter()
                 sample = op(sample, rng)
                 name = type(op).__name__
@@ -100,7 +100,9 @@ def operations(kind, folder, rounds, n=48):
 
 def pictures(folder, kind, suffix, rounds):
     "Microseconds to read and decode a picture, and to read it from the file of pixels, copied"
-    from distillbook.data.sets import DecodeImage, keep_pictures, label_files
+    from distillbook.data.kept import keep_pictures
+    from distillbook.data.lists import label_files
+    from distillbook.data.operations import DecodeImage
     lines = [o for o in (folder/'list.txt').read_text().split('\n') if o.split('\t')[0].endswith(suffix)]
     (folder/f'{suffix}.txt').write_text('\n'.join(lines))
     source,op = label_files(folder/f'{suffix}.txt', folder),DecodeImage(img_mode='BGR')

@@ -26,33 +26,63 @@ class Term:
     def __init__(self,
         fn, # `fn(output, *targets)` for one address, `fn(output, output, ...)` for more; gives a scalar
         *addresses, # E.g. 'Student', 'Teacher.head_out.ctc', 'Student.backbone.layer3'
+        targets=None, # Positions of the targets that `fn` gets after the outputs, e.g. [0, 2]; default: all or none, see above
         weight=1., # A number, or a function of the progress of training, 0..1
         name:str=None, # For logs and plots; default: the function's name and the nets'
     ):
         if not callable(fn): raise UserError(f"a term's loss must be a function, not {fn!r}")
         if not addresses or not all(isinstance(a, str) for a in addresses):
-            raise UserError(f"a term needs the addresses of its outputs as strings, e.g. Term(kd, 'Student', 'Teacher'); got {addresses}")
+            raise UserError("a term needs the addresses of its outputs as strings, "
+                            f"e.g. Term(kd, 'Student', 'Teacher'); got {addresses}")
         if not callable(weight) and not isinstance(weight, Real):
             raise UserError(f"a term's weight is a number or a function of progress, not {weight!r}")
         self.fn,self.addresses,self.weight,self.named = fn,addresses,weight,name is not None
         self.name = name or '_'.join([_fn_name(fn), *(a.partition('.')[0] for a in addresses)])
+        self.targets = _positions(targets, self.name)
         self.wants_targets = 'targets' in _params(fn) and 'targets' not in getattr(fn, 'keywords', {})
-        if isinstance(fn, nn.Module) and list(fn.parameters()): raise UserError(f"term {self.name!r}: its loss has parameters, which no optimiser would see; make it a net of its own")
-
-    def __call__(self, *outs, targets=()):
-        "The unweighted loss"
-        if len(outs)==1: return self.fn(*outs, *targets)
-        if not self.wants_targets: return self.fn(*outs)
-        return self.fn(*outs, targets=targets[0] if len(targets)==1 else targets)
+        if isinstance(fn, nn.Module) and list(fn.parameters()):
+            raise UserError(f"term {self.name!r}: its loss has parameters, which no optimiser would see; "
+                            "make it a net of its own")
 
     def weight_at(self,
         pct:float, # Progress of training, 0..1
     ): return self.weight(pct) if callable(self.weight) else self.weight
 
-    def __repr__(self): return f"{self.name}: {'' if callable(self.weight) else f'{self.weight:g} * '}{_fn_name(self.fn)}({', '.join(self.addresses)})"
+    def __repr__(self):
+        weight = '' if callable(self.weight) else f'{self.weight:g} * '
+        chosen = [] if self.targets is None else [f'targets={self.targets}']
+        return f"{self.name}: {weight}{_fn_name(self.fn)}({', '.join([*self.addresses, *chosen])})"
 
 # %% ../nbs/learning/03_terms.ipynb #929f722a
-def _fn_name(fn): return _fn_name(fn.func) if isinstance(fn, partial) else getattr(fn, '__name__', type(fn).__name__)
+@patch
+def __call__(self:Term, *outs, targets=()):
+    "The unweighted loss"
+    if self.targets is not None: return self.fn(*outs, *self.chosen(targets))
+    if len(outs)==1: return self.fn(*outs, *targets)
+    if not self.wants_targets: return self.fn(*outs)
+    return self.fn(*outs, targets=targets[0] if len(targets)==1 else targets)
+
+@patch
+def chosen(self:Term, targets)->list:
+    "Those of a batch's targets that the function gets"
+    for i in self.targets:
+        if i>=len(targets):
+            raise UserError(f"term {self.name!r} wants the batch's targets {self.targets}, counted from 0, "
+                            f"and the batch has {len(targets)}")
+    return [targets[i] for i in self.targets]
+
+# %% ../nbs/learning/03_terms.ipynb #3dd150c5
+def _positions(targets, name):
+    "A list of positions, or None"
+    if targets is None: return None
+    res = list(targets) if isinstance(targets, (list,tuple)) else [targets]
+    if not all(type(i) is int and i>=0 for i in res):
+        raise UserError(f"term {name!r}: targets are positions counted from 0, e.g. [0, 2], not {targets!r}")
+    return res
+
+def _fn_name(fn):
+    if isinstance(fn, partial): return _fn_name(fn.func)
+    return getattr(fn, '__name__', type(fn).__name__)
 
 def _params(fn):
     try: return inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters
@@ -155,6 +185,8 @@ def _bridge(self:Terms, t, outs):
 
 @patch
 def _try(self:Terms, t, outs, yb):
+    if t.targets is not None: t.chosen(yb)
     try: v = t(*self.inputs(t, outs), targets=yb)
     except Exception as e: raise UserError(f"term {t!r} fails on a batch: {type(e).__name__}: {e}") from e
-    if not isinstance(v, Tensor) or v.numel()!=1: raise UserError(f"term {t!r} must give a scalar, not {f'a tensor of shape {list(v.shape)}' if isinstance(v, Tensor) else repr(v)}")
+    what = f'a tensor of shape {list(v.shape)}' if isinstance(v, Tensor) else repr(v)
+    if not isinstance(v, Tensor) or v.numel()!=1: raise UserError(f"term {t!r} must give a scalar, not {what}")

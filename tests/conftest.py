@@ -1,5 +1,9 @@
 "What several tests need."
-import logging, sys
+import logging, os, sys
+
+# Two processes test at once, on cores that others may use: one thread each, and threads that wait must not spin. OpenMP reads this when torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import pytest, torch
 
 

@@ -1,7 +1,7 @@
 "A teacher's answers on disk: torn, shared, of another kind; and a training that cannot tell the difference"
 import copy, json, pickle, random
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.basics import DataLoader, DataLoaders, set_seed
+from fastai.basics import Callback, DataLoader, DataLoaders, set_seed
 from fastai.callback.all import ProgressCallback
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -28,7 +28,7 @@ def net():
     return Counting(nn.Linear(4,5), nn.ReLU(), nn.Linear(5,3)).eval()
 def rows(n, width=3, seed=0): return np.random.default_rng(seed).standard_normal((n, width), dtype='f4')
 def kept(ks, vs): return {k: {'': v} for k,v in zip(ks, vs)}
-def found(a): return {k: a.get(k)[''] for k in [*a.places]}
+def found(a): return {k: a.get(k)[''] for k in [*a.offsets]}
 def keys(n, start=0): return [digest(torch.tensor([float(i)])) for i in range(start, start+n)]
 
 # ---- keys
@@ -49,17 +49,17 @@ def test_cut_anywhere(tmp_path):
     a,ks,vs = Answers(f, 'A'),keys(4),rows(4)
     for k,v in zip(ks, vs): a.add(kept([k], [v]))
     whole = f.read_bytes()
-    head = len(a.first)
+    head = len(a.first_line)
     item, = {(len(whole)-head)/4}
     for n in range(len(whole)+1):
         f.write_bytes(whole[:n])
         a = Answers(f, 'A')
         left = max(0, int((n-head)//item))
-        assert {*a.places}=={*ks[:left]} and all((a.get(k)['']==v).all() for k,v in zip(ks[:left], vs))
+        assert {*a.offsets}=={*ks[:left]} and all((a.get(k)['']==v).all() for k,v in zip(ks[:left], vs))
         assert f.read_bytes()==whole[:n] # Looking changes nothing
         a.add(kept(ks[left:] or keys(1,99), vs[left:] if left<4 else rows(1)))
         again = Answers(f, 'A')
-        assert all((again.get(k)['']==v).all() for k,v in zip(ks, vs)) and {*again.places}=={*a.places}
+        assert all((again.get(k)['']==v).all() for k,v in zip(ks, vs)) and {*again.offsets}=={*a.offsets}
 
 def test_about_another_teacher(tmp_path):
     f = tmp_path/'a.bin'
@@ -142,7 +142,7 @@ def test_bits_that_flipped_in_a_record(tmp_path):
     a.add(kept(keys(2), rows(2)))
     whole,rng = f.read_bytes(),random.Random(0)
     for _ in range(200):
-        i = rng.randrange(len(a.first), len(whole))
+        i = rng.randrange(len(a.first_line), len(whole))
         f.write_bytes(whole[:i]+bytes([whole[i]^(1<<rng.randrange(8))])+whole[i+1:])
         b = Answers(f, 'A')
         for k in keys(2): assert (o := b.get(k)) is None or isinstance(o, dict)
@@ -239,6 +239,106 @@ for i in range(40): a.add({bytes([k, who if k%2 else 9]*8): {'': np.full(1000, k
     jobs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'a.bin'), str(w)]) for w in range(3)]
     assert [p.wait(timeout=120) for p in jobs]==[0]*3
     a = Answers(tmp_path/'a.bin', 'x')
-    assert not a.look() and len(a)==40+3*40
-    assert all((a.get(k)['']==k[0]).all() and a.get(k)[''].shape==(1000,) for k in list(a.places))
+    assert not a.scan() and len(a)==40+3*40
+    assert all((a.get(k)['']==k[0]).all() and a.get(k)[''].shape==(1000,) for k in list(a.offsets))
     assert (tmp_path/'a.bin').stat().st_size < len(a)*4100+200
+
+# ---- the alarm: answers that are kept in vain
+
+class Noisy(torch.utils.data.Dataset):
+    "Pictures with noise that repeats itself after `variants` epochs, or never"
+    def __init__(self, noise=True, variants=None, n=32): self.x,self.noise,self.variants,self.epoch = torch.randn(n,4),noise,variants,0
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i):
+        e = self.epoch%self.variants if self.variants else self.epoch
+        return self.x[i]+(torch.randn(4, generator=torch.Generator().manual_seed(1000*e+i)) if self.noise else 0.),(self.x[i,0]>0).long()
+
+class NextEpoch(Callback):
+    def after_train(self): self.dls.train.dataset.epoch += 1
+
+class EvalInside(Callback):
+    "Evaluates in the middle of an epoch, as PaddleOCR's eval_batch_step wants it"
+    def after_batch(self):
+        if self.training and self.iter==1:
+            self.learn.model.eval()
+            self.learn.model(self.dls.valid.one_batch()[0])
+            self.learn.model.train()
+
+def watched(teacher, data, cbs=()):
+    student = nn.Sequential(nn.Linear(4,6), nn.Linear(6,3))
+    dls = DataLoaders(DataLoader(data, bs=8, shuffle=True), DataLoader(Noisy(False), bs=32))
+    learn = distill_learner(dls, dict(Teacher=teacher, Student=student), [Term(kd,'Student','Teacher')], frozen='Teacher', cbs=[NextEpoch(), EvalInside(), *cbs])
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    learn.logger = lambda *_: None
+    return learn
+
+@pytest.fixture
+def alarms(caplog):
+    with caplog.at_level('WARNING', 'distillbook'): yield lambda: sum('kept in vain' in r.message for r in caplog.records)
+
+def test_noise_is_told_once(net, alarms, tmp_path):
+    learn = watched(CachedNet(net, tmp_path/'c.bin'), Noisy())
+    learn.fit(1, 1e-2)
+    assert alarms()==0
+    learn.fit(1, 1e-2)
+    assert alarms()==1
+    learn.fit(3, 1e-2)
+    assert alarms()==1
+
+def test_fixed_pictures_raise_no_alarm(net, alarms, tmp_path):
+    for _ in range(2): watched(CachedNet(net, tmp_path/'c.bin'), Noisy(False)).fit(3, 1e-2)
+    assert alarms()==0
+
+def test_a_second_learner_with_new_pictures_raises_no_false_alarm(net, alarms, tmp_path):
+    "The answers kept meet a fixed set that nobody has seen"
+    teacher = CachedNet(net, tmp_path/'c.bin')
+    for _ in range(3): watched(teacher, Noisy(False)).fit(2, 1e-2)
+    assert alarms()==0 and len(teacher.answers)==3*32+32*3
+
+def test_a_new_set_in_the_same_learner_raises_no_false_alarm(net, alarms, tmp_path):
+    learn = watched(CachedNet(net, tmp_path/'c.bin'), Noisy(False))
+    learn.fit(3, 1e-2)
+    learn.dls = DataLoaders(DataLoader(Noisy(False), bs=8), learn.dls.valid)
+    learn.fit(3, 1e-2)
+    assert alarms()==0
+    learn.dls = DataLoaders(DataLoader(Noisy(), bs=8), learn.dls.valid)
+    learn.fit(3, 1e-2)
+    assert alarms()==1
+
+def test_a_true_alarm_of_a_second_learner_is_not_swallowed(net, alarms, tmp_path):
+    teacher = CachedNet(net, tmp_path/'c.bin')
+    for i in range(3):
+        watched(teacher, Noisy()).fit(3, 1e-2)
+        assert alarms()==i+1
+
+def test_two_learners_in_turns(net, alarms, tmp_path):
+    teacher = CachedNet(net, tmp_path/'c.bin')
+    fixed,noisy = watched(teacher, Noisy(False)),watched(teacher, Noisy())
+    for i in range(3):
+        fixed.fit(1, 1e-2), noisy.fit(1, 1e-2)
+        assert alarms()==int(i>0)
+
+@pytest.mark.parametrize('variants,n_epoch,want', [(2,4,0), (3,7,0), (1,3,0), (None,2,1)])
+def test_a_set_that_repeats_its_chance(variants, n_epoch, want, net, alarms, tmp_path):
+    watched(CachedNet(net, tmp_path/'c.bin'), Noisy(variants=variants)).fit(n_epoch, 1e-2)
+    assert alarms()==want
+
+def test_one_of_two_teachers_is_asked_in_vain(net, alarms, tmp_path):
+    class Drawing(nn.Module):
+        "It adds noise of its own before it asks"
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x+torch.rand(1))
+    student = nn.Sequential(nn.Linear(4,3))
+    dls = DataLoaders(DataLoader(Noisy(False), bs=8), DataLoader(Noisy(False), bs=32))
+    nets = dict(T=CachedNet(net, tmp_path/'c.bin'), U=Drawing(CachedNet(net, tmp_path/'d.bin')), Student=student)
+    learn = distill_learner(dls, nets, [Term(kd,'Student','T'), Term(kd,'Student','U')], frozen=['T','U'])
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    assert alarms()==1
+
+def test_the_rate_finder_is_no_epoch(net, alarms, tmp_path):
+    learn = watched(CachedNet(net, tmp_path/'c.bin'), Noisy(False))
+    for _ in range(3): learn.lr_find(num_it=12, show_plot=False)
+    learn.fit(1, 1e-2)
+    assert alarms()==0
+
+def test_a_learner_without_a_cache_watches_none(net): assert not any(cb.name=='watch_cache' for cb in made(net).cbs)

@@ -9,11 +9,14 @@ from fastai.metrics import accuracy, error_rate
 from torch import nn
 from torch.utils.data import DataLoader as TorchDL, RandomSampler, TensorDataset
 
-from distillbook.checkpoint import Checkpoint, Stopped, load_file, plain, save_file
+from distillbook.cache import CachedNet
+from distillbook.checkpoint import Checkpoint, Stopped, frozen_hashes, load_file, plain, save_file, state_hash, without_frozen
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
 from distillbook.losses import distance, dml, kd
-from distillbook.data.sets import SampleDL, SampleSet
+from distillbook.data.loader import SampleDL
+from distillbook.data.sets import SampleSet
+from distillbook.nets import Nets
 from distillbook.schedules import FollowSchedule, lr_schedule
 from distillbook.terms import Term
 
@@ -71,7 +74,7 @@ def test_losses_are_minimised_over_all_nets(monitor, tmp_path):
     learn = learner(tmp_path, monitor=monitor)
     learn.fit(4, 1e-2)
     best = load_file(tmp_path/'best.pth')
-    assert best['value']==pytest.approx(learn.table()[monitor].min()) and best['net'] is None and {k.split('.')[0] for k in best['model']}=={'Teacher','Student'}
+    assert best['value']==pytest.approx(learn.table()[monitor].min()) and best['net'] is None and {k.split('.')[0] for k in best['model']}=={'Student'} and list(best['frozen'])==['Teacher']
 
 def test_errors_are_minimised_as_fastai_does(tmp_path):
     learn = learner(tmp_path, metrics=error_rate, monitor='Student_error_rate')
@@ -234,7 +237,8 @@ def test_signals(name, stopped):
     when = f"in epoch {last['epoch']+1} of 100" + (f", after batch {last['batch']+1} of 4;" if last['batch'] is not None else '')
     assert (when in out or f"after epoch {last['epoch']+1} of 100" in out) and last['epoch']>=1
     fresh = learner(folder)
-    fresh.model.load_state_dict(last['model'])
+    assert list(last['frozen'])==['Teacher'] and not any(k.startswith('Teacher') for k in last['model'])
+    fresh.model.load_state_dict(last['model'] | {k: v for k,v in fresh.model.state_dict().items() if k.startswith('Teacher')})
     assert load_file(folder/'best.pth')['net']=='Student' and sorted(f.name for f in folder.iterdir())==['best.pth', 'last.pth']
 
 SAVE = '''
@@ -335,11 +339,20 @@ OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), adamw=partial(OptimWrapper, opt
 FITS = dict(const=lambda l, n=3: l.fit(n, 1e-2), one=lambda l, n=3: l.fit_one_cycle(n, 1e-2), flat=lambda l, n=3: l.fit_flat_cos(n, 1e-2),
             follow=lambda l, n=3: l.fit(n, cbs=FollowSchedule(lr_schedule(dict(name='Cosine', learning_rate=.02, warmup_epoch=1), 3, 8))))
 
-def two(folder, kind='a', opt='adam', cbs=(), h=None, monitor='A_accuracy', terms=None, bar=False, net=deep, metrics=accuracy, **kw):
+class NoTensors(nn.Module):
+    "A teacher that runs elsewhere, as one in ONNX does"
+    def forward(self, x): return x[:,:2]*3
+def a_teacher(seed=9, drop=.3, **kw):
+    set_seed(seed)
+    return nn.Sequential(nn.Linear(4,32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(drop), nn.Linear(32,2))
+TEACHERS = dict(plain=lambda folder: a_teacher(), cached=lambda folder: CachedNet(a_teacher(), folder/'answers.bin'), none=lambda folder: NoTensors(), cached_none=lambda folder: CachedNet(NoTensors(), folder/'answers.bin'))
+
+def two(folder, kind='a', opt='adam', cbs=(), h=None, monitor='A_accuracy', terms=None, bar=False, net=deep, metrics=accuracy, teacher=None, **kw):
+    teachers = dict(T=TEACHERS[teacher](Path(folder))) if teacher else {}
     set_seed(0)
-    terms = terms or [Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B', weight=1.), Term(dml,'A','B'), Term(dml,'B','A')]
+    terms = terms or [Term(F.cross_entropy,'A'), Term(F.cross_entropy,'B', weight=1.), Term(dml,'A','B'), Term(dml,'B','A'), *(Term(kd,'A',t) for t in teachers)]
     dls = DataLoaders(loader(kind), DataLoader(Points(), bs=32))
-    learn = distill_learner(dls, dict(A=net(), B=net()), terms, metrics=metrics, monitor=monitor, opt_func=OPTS[opt], wd=.1, cbs=[Checkpoint(folder, **kw), *cbs])
+    learn = distill_learner(dls, dict(A=net(), **teachers, B=net()), terms, frozen=list(teachers), metrics=metrics, monitor=monitor, opt_func=OPTS[opt], wd=.1, cbs=[Checkpoint(folder, **kw), *cbs])
     if not bar: learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = lambda *_: None
     return learn
@@ -409,6 +422,17 @@ def test_killed_and_resumed_equals_never_killed(kind, fit, opt, every, kill, at,
     ended(never, 0)
     same_files(whole, cut)
     assert (whole/'table.csv').read_text()==(cut/'table.csv').read_text() and len((cut/'table.csv').read_text().splitlines())==4
+
+@pytest.mark.parametrize('teacher,kill,at', [('plain', ((1,5), KILL), (1,3)), ('cached', ((1,4), TERM), (1,4)), ('cached_none', ((1,5), KILL), (1,3))])
+def test_killed_and_resumed_with_a_teacher_that_is_in_no_file(teacher, kill, at, run, tmp_path):
+    whole,cut = tmp_path/'whole',tmp_path/'cut'
+    never,killed = run(whole, 'a', 'one', 'adam', teacher=teacher),run(cut, 'a', 'one', 'adam', kill=kill, every=3, teacher=teacher)
+    ended(killed, -KILL if kill[1]==KILL else 3)
+    last = load_file(cut/'last.pth')
+    assert (last['epoch'], last['batch'])==at and not any(k.startswith('T.') for k in last['model']) and list(last['frozen'])==['T']
+    ended(run(cut, 'a', 'one', 'adam', resume=str(cut/'last'), every=3, teacher=teacher), 0)
+    ended(never, 0)
+    same_files(whole, cut)
 
 @pytest.mark.parametrize('pause', (.02, .07))
 def test_killed_from_outside_at_any_moment_twice(pause, run, tmp_path):
@@ -577,7 +601,7 @@ def test_another_rate_frozen_net_or_fewer_epochs(cycle, tmp_path):
     with pytest.raises(UserError, match='the schedule of lr'): two(tmp_path, resume=cycle/'last').fit_one_cycle(3, 2e-2)
     learn = two(tmp_path, resume=cycle/'last')
     learn.freeze('B')
-    with pytest.raises(UserError, match='group 2 of the optimiser was B, '): learn.fit_one_cycle(3, 1e-2)
+    with pytest.raises(UserError, match=r"the list of frozen networks was \[\] and is now \['B'\]"): learn.fit_one_cycle(3, 1e-2)
     two(tmp_path).fit(2, 1e-2)
     with pytest.raises(UserError, match='the lr given to fit was 0.01 and is now 0.02'): two(tmp_path, resume=tmp_path/'last').fit(2, 2e-2)
     with pytest.raises(UserError, match='in epoch 2 already, and this fit has 1'): two(tmp_path, resume=tmp_path/'last').fit(1, 1e-2)
@@ -599,3 +623,80 @@ def test_a_file_that_cannot_be_gone_on_from(what, message, cycle, tmp_path):
     learn = two(tmp_path/'new', resume=tmp_path/what)
     with pytest.raises(UserError, match=message): learn.fit_one_cycle(3, 1e-2)
     with pytest.raises(UserError, match=message): learn.fit_one_cycle(3, 1e-2)
+
+# ---- frozen networks: name and hash suffice
+
+@pytest.mark.parametrize('teacher', TEACHERS)
+def test_no_file_holds_a_frozen_network(teacher, tmp_path):
+    learn = two(tmp_path, teacher=teacher, monitor='valid_loss')
+    before = state(learn.net('T'))
+    learn.fit(2, 1e-2)
+    best,last = load_file(tmp_path/'best.pth'),load_file(tmp_path/'last.pth')
+    for f in (best,last):
+        assert {k.split('.')[0] for k in f['model']}=={'A','B'} and f['frozen']==dict(T=state_hash(learn.net('T')))==frozen_hashes(learn.model)
+        assert f['model'].keys()==without_frozen(learn.model).keys()
+    again = two(tmp_path, teacher=teacher, monitor='valid_loss', resume=tmp_path/'last')
+    again.fit(3, 1e-2)
+    assert same(before, state(again.net('T'))) and len(again.table())==3
+
+@pytest.mark.parametrize('was,now', [('plain','cached'), ('cached','plain'), ('none','cached_none')])
+def test_a_cache_makes_no_other_teacher(was, now, tmp_path):
+    "To the last bit where the teacher does not round by the size of its batch"
+    never = two(tmp_path/'whole', teacher=was)
+    never.fit(3, 1e-2)
+    two(tmp_path/'cut', teacher=was).fit(2, 1e-2)
+    cut = two(tmp_path/'cut', teacher=now, resume=tmp_path/'cut/last')
+    cut.fit(3, 1e-2)
+    if was=='none': return same_files(tmp_path/'whole', tmp_path/'cut')
+    torch.testing.assert_close(without_frozen(cut.model), without_frozen(never.model), atol=1e-3, rtol=1e-3)
+    assert load_file(tmp_path/'cut/last.pth')['frozen']==load_file(tmp_path/'whole/last.pth')['frozen']
+
+def nudged(folder):
+    net = a_teacher()
+    with torch.no_grad(): net[1].running_mean[3] += 1e-7
+    return net
+ANOTHER = dict(seed=lambda folder: a_teacher(10), one_bit=nudged, wider=lambda folder: nn.Sequential(nn.Linear(4,40), nn.Linear(40,2)), none=TEACHERS['none'], cached=lambda folder: CachedNet(a_teacher(10), folder/'a.bin'))
+@pytest.mark.parametrize('other', ANOTHER)
+def test_another_teacher_is_refused_and_nothing_is_touched(other, tmp_path, monkeypatch):
+    two(tmp_path, teacher='plain', every=3).fit(2, 1e-2)
+    monkeypatch.setitem(TEACHERS, 'plain', ANOTHER[other])
+    learn = two(tmp_path/'new', teacher='plain', resume=tmp_path/'last')
+    before = state(learn.model)
+    with pytest.raises(UserError, match='T, which is frozen, is not the network of that run') as e: learn.fit(3, 1e-2)
+    assert str(tmp_path/'last.pth') in str(e.value) and same(before, state(learn.model)) and not any(learn.opt.state.values()) and not list((tmp_path/'new').glob('*.pth'))
+
+def test_a_hash_of_names_and_numbers():
+    a,b = a_teacher(),a_teacher()
+    assert state_hash(a)==state_hash(b)==state_hash(a.double().float()) and len(state_hash(a))==32
+    assert len({state_hash(m) for m in (a, a_teacher(8), b.double(), nn.Linear(4,4), nn.Conv1d(4,4,1), NoTensors())})==6
+    assert state_hash(nn.ModuleDict(dict(a=nn.Linear(2,2).requires_grad_(False)))) != state_hash(nn.ModuleDict(dict(b=nn.Linear(2,2))))
+    assert state_hash(nn.Identity())==state_hash(NoTensors())
+
+def test_a_hash_does_not_depend_on_memory_layout():
+    a = nn.Conv2d(3,4,3)
+    h = state_hash(a)
+    assert state_hash(a.to(memory_format=torch.channels_last))==h
+    half = nn.Linear(3,3).bfloat16()
+    assert state_hash(half)==state_hash(half)
+
+def test_the_file_of_a_small_student_is_small(tmp_path):
+    def size(h):
+        set_seed(0)
+        x = torch.randn(64,4)
+        ds = TensorDataset(x, (x[:,0]>0).long())
+        learn = distill_learner(DataLoaders(DataLoader(ds, bs=16), DataLoader(ds, bs=32)), dict(T=nn.Sequential(nn.Linear(4,h), nn.Linear(h,3)), S=mlp()), [Term(kd,'S','T')], frozen='T', metrics=accuracy, monitor='S_accuracy', cbs=Checkpoint(tmp_path))
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+        learn.logger = lambda *_: None
+        learn.fit(1, 1e-2)
+        return (tmp_path/'last.pth').stat().st_size
+    assert abs(size(20000)-size(2))<200
+
+def test_frozen_between_two_fits(tmp_path):
+    "What is frozen when the fit begins is in no file, whatever it was before"
+    learn = two(tmp_path)
+    learn.fit(1, 1e-2)
+    assert load_file(tmp_path/'last.pth')['frozen']=={} and any(k.startswith('B.') for k in load_file(tmp_path/'last.pth')['model'])
+    learn.freeze('B')
+    learn.fit(1, 1e-2)
+    last = load_file(tmp_path/'last.pth')
+    assert list(last['frozen'])==['B'] and not any(k.startswith('B.') for k in last['model'])

@@ -5,7 +5,7 @@ from subprocess import CompletedProcess
 import cv2, numpy as np, pytest, torch, yaml
 from typer.testing import CliRunner
 from distillbook.cli import app
-from distillbook.config.files import build_model, load_config
+from distillbook.config import build_model, load_config
 from distillbook.use.export import open_onnx
 from distillbook.use.weights import load_weights, read_weights
 from test_cli import fails

@@ -1,8 +1,8 @@
 "Augmentations of pages: polygons that move with the picture, windows that cut no word, words pasted where there is room, settings that will not do"
 import copy, cv2, math, numpy as np, pickle, pytest
 from distillbook.core import UserError
-from distillbook.det.augment import (ColorJitter, CopyPaste, EastRandomCropData, IaaAugment, about_centre, affine, between, brighten, by_axis, contrast, cuts, fit_points, fliplr, flipud,
-    move, overlap, paste, quads, resize, room, saturate, turn_hue, turned_box, window)
+from distillbook.det.augment import (ColorJitter, CopyPaste, EastRandomCropData, IaaAugment, about_centre, affine, number_range, brighten, by_axis, contrast, free_cuts, fit_points, fliplr, flipud,
+    warp_page, reach_into, paste_word, are_quads, resize, free_place, saturate, turn_hue, turned_box, choose_window)
 
 r = np.random.default_rng
 H,W = 200,300
@@ -54,13 +54,13 @@ def test_an_exact_half_pixel():
     poly = np.float32([[[4,0],[8,0],[8,1],[4,1]]])
     flipped,p = fliplr(im, poly, r(0))
     assert np.flatnonzero(flipped[0,:,0]).tolist()==[2,3,4,5] and (p[0,:,0].min(), p[0,:,0].max())==(2,6)
-    shifted,p = move(im, poly, about_centre(1, 10, shift=(1,0)))
+    shifted,p = warp_page(im, poly, about_centre(1, 10, shift=(1,0)))
     assert np.flatnonzero(shifted[0,:,0]).tolist()==[5,6,7,8] and (p[0,:,0].min(), p[0,:,0].max())==(5,9)
 
 def test_turning_right_round_gives_back_the_picture():
     im = r(0).integers(0, 256, (40,40,3), dtype=np.uint8)
     for angle,want in ((90, np.rot90(im, -1)), (180, np.rot90(im, 2)), (-90, np.rot90(im)), (360, im)):
-        got,p = move(im, np.float32([[[0,0],[10,0],[10,5]]]), about_centre(40, 40, angle))
+        got,p = warp_page(im, np.float32([[[0,0],[10,0],[10,5]]]), about_centre(40, 40, angle))
         assert np.abs(got.astype(int)-want).max() <= 1
         if angle==90: assert np.allclose(p, [[[40,0],[40,10],[35,10]]], atol=1e-4)
 
@@ -143,15 +143,15 @@ def test_cuts_are_exactly_the_free_places(seed):
     low = rng.uniform(-10, n+5, k)
     high = low+rng.uniform(0, 20, k)
     if seed%2: low,high = np.round(low),np.round(high)
-    runs = cuts(low, high, n)
+    runs = free_cuts(low, high, n)
     assert [int(x) for o in runs for x in o]==brute_cuts(low, high, n)
     assert all((np.diff(o)==1).all() for o in runs) and all(b[0]-a[-1]>1 for a,b in zip(runs, runs[1:]))
 
 def test_cuts_of_odd_words():
-    assert [o.tolist() for o in cuts(np.array([]), np.array([]), 3)]==[[0,1,2,3]]
-    assert [o.tolist() for o in cuts(np.array([-1e30]), np.array([1e30]), 3)]==[[0],[3]]
-    assert [o.tolist() for o in cuts(np.array([1e30]), np.array([2e30]), 3)]==[[0,1,2,3]]
-    assert [o.tolist() for o in cuts(np.array([2.]), np.array([2.]), 4)]==[[0,1,2,3,4]]
+    assert [o.tolist() for o in free_cuts(np.array([]), np.array([]), 3)]==[[0,1,2,3]]
+    assert [o.tolist() for o in free_cuts(np.array([-1e30]), np.array([1e30]), 3)]==[[0],[3]]
+    assert [o.tolist() for o in free_cuts(np.array([1e30]), np.array([2e30]), 3)]==[[0,1,2,3]]
+    assert [o.tolist() for o in free_cuts(np.array([2.]), np.array([2.]), 4)]==[[0,1,2,3,4]]
 
 def wholly(polys, x0, y0, x1, y1): return (polys.min(1)>=(x0,y0)).all(1) & (polys.max(1)<=(x1,y1)).all(1)
 
@@ -161,27 +161,27 @@ def test_windows_sever_no_word(seed):
     h,w = rng.integers(20, 400, 2).tolist()
     polys = np.stack([box(*rng.uniform(-20, (w+20,h+20)), *rng.uniform(2, (60,30)), rng.uniform(0, 360)) for _ in range(rng.integers(1, 9))])
     for _ in range(20):
-        x0,y0,x1,y1 = window(polys, h, w, rng)
+        x0,y0,x1,y1 = choose_window(polys, h, w, rng)
         assert 0<=x0<x1<=w and 0<=y0<y1<=h
         if (x0,y0,x1,y1)==(0,0,w,h): continue
-        assert x1-x0>=.1*w and y1-y0>=.1*h and overlap(polys, x0, y0, x1, y1).any()
+        assert x1-x0>=.1*w and y1-y0>=.1*h and reach_into(polys, x0, y0, x1, y1).any()
         inside = np.stack([np.clip(polys[...,0], 0, w), np.clip(polys[...,1], 0, h)], -1)
-        touched = overlap(inside, x0, y0, x1, y1)
+        touched = reach_into(inside, x0, y0, x1, y1)
         assert (wholly(inside, x0, y0, x1, y1) | ~touched).all()
 
 def test_windows_reach_every_word_and_every_size():
     met,sizes = np.zeros(3, int),[]
     for i in range(300):
-        o = window(POLYS, H, W, r(i))
-        met += overlap(POLYS, *o)
+        o = choose_window(POLYS, H, W, r(i))
+        met += reach_into(POLYS, *o)
         sizes.append((o[2]-o[0])*(o[3]-o[1])/(H*W))
     assert met.min()>60 and met.max()<300 and min(sizes)<.25 and max(sizes)>.75
 
 def test_no_words_no_tries_and_one_pixel():
-    assert window(POLYS[:0], H, W, r(0))==(0,0,W,H)
-    assert window(POLYS, H, W, r(0), tries=0)==(0,0,W,H)
-    assert window(POLYS, 1, 1, r(0))==(0,0,1,1)
-    assert window(POLYS+1000, H, W, r(0))==(0,0,W,H)
+    assert choose_window(POLYS[:0], H, W, r(0))==(0,0,W,H)
+    assert choose_window(POLYS, H, W, r(0), tries=0)==(0,0,W,H)
+    assert choose_window(POLYS, 1, 1, r(0))==(0,0,1,1)
+    assert choose_window(POLYS+1000, H, W, r(0))==(0,0,W,H)
 
 @pytest.mark.parametrize('keep_ratio', [True, False])
 @pytest.mark.parametrize('seed', range(8))
@@ -244,7 +244,7 @@ def test_pasted_words_overlap_nothing_and_lie_inside(seed):
     out = CopyPaste(1.)({**sample(), 'ext_data': [other(12)]}, r(seed))
     low,high = out['polys'].min(1),out['polys'].max(1)
     assert len(low)>3 and low.min()>=-1e-3 and (high.max(0)<=np.array([W,H])+1e-3).all()
-    for i in range(3, len(low)): assert not overlap(out['polys'][:i], *low[i], *high[i]).any()
+    for i in range(3, len(low)): assert not reach_into(out['polys'][:i], *low[i], *high[i]).any()
     assert (out['image']==painted(POLYS))[painted(POLYS)>0].all()
 
 @pytest.mark.parametrize('seed', range(8))
@@ -260,7 +260,7 @@ def test_a_word_in_perspective_becomes_a_rectangle():
     page = sample(quad[None])
     image = np.zeros((H,W,3), np.uint8)
     target = turned_box(quad, 30)+np.float32([60,20])
-    paste(image, page['image'], quad, target)
+    paste_word(image, page['image'], quad, target)
     assert agreement(image, target[None]) > .97
     a,b = target[1]-target[0],target[3]-target[0]
     assert abs(a@b)<1e-2 and abs(np.linalg.norm(a)-np.linalg.norm(quad[1]-quad[0]))<1e-3 and abs(math.degrees(math.atan2(a[1], a[0]))-30)<1e-3
@@ -269,7 +269,7 @@ def test_pasting_shows_what_it_took():
     page = dict(other(1), image=r(0).integers(0, 256, (H,W,3), dtype=np.uint8))
     quad = np.float32([[20,30],[60,30],[60,50],[20,50]])
     image = np.zeros((H,W,3), np.uint8)
-    paste(image, page['image'], quad, quad+np.float32([100,50]))
+    paste_word(image, page['image'], quad, quad+np.float32([100,50]))
     assert np.array_equal(image[81:99,121:159], page['image'][31:49,21:59]) and not image[:79].any() and not image[101:].any()
 
 def test_ignored_words_and_odd_polygons_are_not_pasted():
@@ -284,13 +284,13 @@ def test_ignored_words_and_odd_polygons_are_not_pasted():
 def test_polygons_of_other_lengths():
     seven = fit_points(POLYS, 7)
     seven[2,4:] = [[150,180],[120,175],[100,165]]
-    assert quads(seven).tolist()==[True,True,False]
+    assert are_quads(seven).tolist()==[True,True,False]
     out = CopyPaste(1., False)({**sample(), 'ext_data': [sample(seven)]}, r(0))
     assert out['polys'].shape==(5,4,2) and set(out['texts'][3:])=={'w0','w1'}
     out = CopyPaste(1., False)({**sample(seven), 'ext_data': [other(2)]}, r(0))
     assert out['polys'].shape==(5,7,2) and (out['polys'][3:,4:]==out['polys'][3:,3:4]).all() and in_step(out)
     tri = POLYS[:,:3]
-    assert not quads(tri).any()
+    assert not are_quads(tri).any()
     assert CopyPaste(1., False)({**sample(tri), 'ext_data': [other(2)]}, r(0))['polys'].shape==(5,4,2)
 
 def test_no_room():
@@ -298,8 +298,8 @@ def test_no_room():
     assert len(CopyPaste(1.)({**full, 'ext_data': [other()]}, r(0))['polys'])==1
     small = sample(POLYS[:0], h=5, w=5)
     assert len(CopyPaste(1., False)({**small, 'ext_data': [other()]}, r(0))['polys'])==0
-    assert room(POLYS, (W+1,5), H, W, r(0)) is None and room(POLYS, (1e30,5), H, W, r(0)) is None
-    x,y = room(POLYS[:0], (W,H), H, W, r(0))
+    assert free_place(POLYS, (W+1,5), H, W, r(0)) is None and free_place(POLYS, (1e30,5), H, W, r(0)) is None
+    x,y = free_place(POLYS[:0], (W,H), H, W, r(0))
     assert (x,y)==(0,0)
 
 def test_pasting_is_a_function_of_the_generator():
@@ -340,6 +340,6 @@ def test_jitter_settings_that_will_not_do(kwargs):
     with pytest.raises(UserError, match=next(iter(kwargs))): ColorJitter(**kwargs)
 
 def test_between():
-    assert between(3, 'a')==(3,3) and between([1,2], 'a')==(1,2)
+    assert number_range(3, 'a')==(3,3) and number_range([1,2], 'a')==(1,2)
     for bad in (None, [1], 'a', [2,1], [0,math.inf], {}, [None,1]):
-        with pytest.raises(UserError, match='a: a number or'): between(bad, 'a')
+        with pytest.raises(UserError, match='a: a number or'): number_range(bad, 'a')

@@ -2,11 +2,11 @@
 import json
 from pathlib import Path
 import cv2, numpy as np, pytest, torch
-from distillbook.config.files import build_decoder
+from distillbook.config import build_decoder
 from distillbook.core import UserError
 from benchmarks.boxes import batch_of, loop, same
-from distillbook.det.boxes import DBPostProcess, draw_boxes, mean_inside, order_corners, outlines, rectangles, to_shapely, unclip_distance
-from distillbook.det.targets import shift
+from distillbook.det.boxes import DBPostProcess, draw_boxes, draw_found, mean_inside, missed_words, order_corners, outlines, rectangles, unclip_distance
+from distillbook.det.geometry import offset_polygon, to_shapely
 
 Z = np.load(Path(__file__).parent/'golden'/'post_det.npz')
 MAPS = Z['maps|in|maps_u8'].astype(np.float32)/np.float32(255)
@@ -33,7 +33,7 @@ def test_primitives(i):
     "One rectangle grown, and the rectangle around it"
     box = Z[f'primitives|out|box{i}']
     for ratio in (1.5, 2.):
-        grown = shift(box, unclip_distance(box[None], ratio)[0])
+        grown = offset_polygon(box, unclip_distance(box[None], ratio)[0])
         assert len(grown)==1 and np.array_equal(grown[0], Z[f'primitives|out|unclip{i}_{ratio}'])
     side = float(Z[f'primitives|out|mini{i}_sside'])
     assert np.array_equal(rectangles(grown, side)[0][0], Z[f'primitives|out|mini{i}'])

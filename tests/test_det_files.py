@@ -1,9 +1,14 @@
-"Detection's label lines, colours, sizes for evaluation, and PaddleOCR's lists of operations"
-import cv2, json, logging, math, numpy as np, pytest, torch, yaml
+"Detection's label lines, colours, sizes for evaluation, and the way from a page to a batch"
+import cv2, json, logging, math, numpy as np, pytest, torch
 from distillbook.core import UserError
-from distillbook.det.operations import IGNORE, OPS, DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, make_ops, read_points
-from distillbook.det.render import write_pages
-from distillbook.data.sets import SampleDL, SampleSet, label_files
+from distillbook.det.operations import DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, read_points
+from distillbook.det.augment import CopyPaste, EastRandomCropData, IaaAugment
+from distillbook.det.render import RenderedPages, write_pages
+from distillbook.det.targets import MakeBorderMap, MakeShrinkMap
+from distillbook.data.operations import DecodeImage
+from distillbook.data.lists import label_files
+from distillbook.data.loader import SampleDL
+from distillbook.data.sets import SampleSet
 
 BOX = [[10,10],[60,12],[60,30],[10,28]]
 def word(text='a', points=BOX, **kwargs): return dict(transcription=text, points=points, **kwargs)
@@ -138,14 +143,14 @@ def test_settings_without_effect_are_named(caplog):
     assert not caplog.text
 
 
-# configs
+# from page to batch
 
-NORM = dict(NormalizeImage=dict(scale='1./255.', mean=[.485,.456,.406], std=[.229,.224,.225], order='hwc'))
-HEAD = [dict(DecodeImage=dict(img_mode='BGR', channel_first=False)), dict(DetLabelEncode=None)]
-TRAIN = [*HEAD, dict(CopyPaste=None), dict(IaaAugment=dict(augmenter_args=[dict(type='Fliplr', args=dict(p=.5)), dict(type='Affine', args=dict(rotate=[-10,10])), dict(type='Resize', args=dict(size=[.5,3]))])),
-    dict(EastRandomCropData=dict(size=[96,96], max_tries=50, keep_ratio=True)), dict(MakeBorderMap=dict(shrink_ratio=.4, thresh_min=.3, thresh_max=.7)), dict(MakeShrinkMap=dict(shrink_ratio=.4, min_text_size=8)), NORM, dict(ToCHWImage=None),
-    dict(KeepKeys=dict(keep_keys=['image','threshold_map','threshold_mask','shrink_map','shrink_mask']))]
-EVAL = [*HEAD, dict(DetResizeForTest=None), NORM, dict(ToCHWImage=None), dict(KeepKeys=dict(keep_keys=['image','shape','polys','ignore_tags']))]
+def norm(): return NormalizeImage(scale='1./255.', mean=[.485,.456,.406], std=[.229,.224,.225], order='hwc')
+def train_ops():
+    steps = [dict(type='Fliplr', args=dict(p=.5)), dict(type='Affine', args=dict(rotate=[-10,10])), dict(type='Resize', args=dict(size=[.5,3]))]
+    return [DecodeImage('BGR'), DetLabelEncode(), CopyPaste(), IaaAugment(steps), EastRandomCropData([96,96], max_tries=50), MakeBorderMap(), MakeShrinkMap(), norm(), ToCHWImage()]
+def eval_ops(**size): return [DecodeImage('BGR'), DetLabelEncode(), DetResizeForTest(**size), norm(), ToCHWImage()]
+TRAIN_KEYS,EVAL_KEYS = ['image','threshold_map','threshold_mask','shrink_map','shrink_mask'],['image','shape','polys','ignore_tags']
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -153,34 +158,18 @@ def folder(tmp_path_factory):
     write_pages(path, 5, seed=3, height=96, width=128, illegible=.3)
     return path
 
-def pages(folder, transforms=TRAIN, **kwargs): return SampleSet(label_files(folder/'label.txt', folder), *make_ops(transforms, dict(epoch_num=3, use_gpu=True)), **kwargs)
+def pages(folder, **kwargs): return SampleSet(label_files(folder/'label.txt', folder), train_ops(), TRAIN_KEYS, **kwargs)
 
-def test_paddles_training_list(folder):
-    said = []
-    ops,keys = make_ops(TRAIN, dict(epoch_num=3), warn=said.append)
-    assert not said and [type(o).__name__ for o in ops]==[next(iter(o)) for o in TRAIN[:-1]] and keys==TRAIN[-1]['KeepKeys']['keep_keys']
+def test_a_training_sample(folder):
     image,*maps = pages(folder)[0]
     assert image.shape==(3,96,96) and image.dtype==np.float32 and all(o.shape==(96,96) and o.dtype==np.float32 for o in maps)
     assert maps[2].any() and maps[0].max()>.5 and set(np.unique(maps[3]))<={0.,1.}
 
-def test_yaml_that_is_like_paddles(folder):
-    text = '''
-- DecodeImage: {img_mode: BGR, channel_first: False}
-- DetLabelEncode:
-- DetResizeForTest:
-    limit_side_len: 96
-    limit_type: max
-- NormalizeImage:
-    scale: 1./255.
-    mean: [0.485, 0.456, 0.406]
-    std: [0.229, 0.224, 0.225]
-    order: 'hwc'
-- ToCHWImage:
-- KeepKeys:
-    keep_keys: ['image', 'shape', 'polys', 'ignore_tags']
-'''
-    image,shape,polys,tags = pages(folder, yaml.safe_load(text), train=False)[0]
-    assert image.shape==(3,64,96) and shape.tolist()[:2]==[96,128] and len(polys)==len(tags)
+def test_drawn_pages_take_the_same_way():
+    got = SampleSet(RenderedPages(3, height=96, width=128), train_ops(), TRAIN_KEYS, seed=1)
+    assert [o.shape for o in got[1]]==[(3,96,96), *[(96,96)]*4] and not got.faults
+    whole = SampleSet(RenderedPages(3, height=96, width=128), eval_ops(limit_side_len=96), EVAL_KEYS, train=False)
+    assert whole[0][0].shape==(3,96,128) and whole[0][1].tolist()==[96,128,1,1]
 
 def test_an_epoch_repeats_itself_whatever_the_workers(folder):
     def run(epoch, n):
@@ -197,8 +186,7 @@ def test_evaluation_batches_of_different_sizes(tmp_path, folder):
         cv2.imwrite(str(tmp_path/f'{i}.png'), np.full((h,w,3), 255, np.uint8))
         rows.append(f'{i}.png\t'+json.dumps([word('###'), *[word()]*i]))
     (tmp_path/'label.txt').write_text('\n'.join(rows))
-    steps = [*HEAD, dict(DetResizeForTest=dict(limit_side_len=64)), *EVAL[3:]]
-    image,shape,polys,tags = next(iter(SampleDL(SampleSet(label_files(tmp_path/'label.txt', tmp_path), *make_ops(steps), train=False), bs=3)))
+    image,shape,polys,tags = next(iter(SampleDL(SampleSet(label_files(tmp_path/'label.txt', tmp_path), eval_ops(limit_side_len=64), EVAL_KEYS, train=False), bs=3)))
     assert image.shape==(3,3,160,192) and shape.shape==(3,4)
     assert [tuple(o.shape) for o in polys]==[(1,4,2),(2,4,2),(3,4,2)] and [o.tolist() for o in tags]==[[True],[True,False],[True,False,False]]
     for im,(sh,sw,rh,rw) in zip(image, shape.tolist()): assert (im[:,round(sh*rh)-1,round(sw*rw)-1]>.2).all()
@@ -208,18 +196,7 @@ def test_broken_labels_are_named_and_replaced(folder, tmp_path):
     good = (folder/'label.txt').read_text().splitlines()[0]
     picture = good.split('\t')[0]
     (tmp_path/'label.txt').write_text(f'{good}\n{picture}\t[]\n{picture}\t[{{"points": [[1,2]]}}]\n{picture}\tnothing\n')
-    lines = SampleSet(label_files(tmp_path/'label.txt', folder), *make_ops(TRAIN), seed=1)
+    lines = SampleSet(label_files(tmp_path/'label.txt', folder), train_ops(), TRAIN_KEYS, seed=1)
     assert len([lines[i] for i in range(4)])==4
     said = ' '.join(lines.faults)
     for o in ('the label has no words', "word 1 has no 'transcription'", 'the label is not JSON', 'label.txt:3'): assert o in said
-
-@pytest.mark.parametrize('transforms,message', [
-    ([dict(EastRandomCrop=None)], r"transforms\[0\].EastRandomCrop: no operation 'EastRandomCrop'; did you mean 'EastRandomCropData'"), ([dict(MakeShrinkMap=dict(min_size=8))], "no setting 'min_size'"), ([dict(ToCHWImage=dict(a=1))], "no setting 'a'"),
-    ([dict(DetLabelEncode=dict(a=1))], "no setting 'a'"), ([dict(IaaAugment=dict(augmenter_args=[dict(type='Flip')]))], r"transforms\[0\].IaaAugment: augmenter_args\[0\]: no type 'Flip'"), ([dict(NormalizeImage=dict(scale='os.getcwd()'))], 'NormalizeImage: scale: a number or a fraction'),
-    (HEAD, 'the last operation is KeepKeys'), ([dict(RecResizeImg=dict(image_shape=[3,48,320]))], "no operation 'RecResizeImg'")])
-def test_lists_that_will_not_do(transforms, message):
-    with pytest.raises(UserError, match=message): make_ops(transforms)
-
-def test_the_table_has_paddles_names():
-    assert {'DecodeImage','KeepKeys','DetLabelEncode','CopyPaste','IaaAugment','EastRandomCropData','MakeBorderMap','MakeShrinkMap','NormalizeImage','ToCHWImage','DetResizeForTest','ColorJitter'} <= set(OPS)
-    assert set(IGNORE)=={'*','###'}

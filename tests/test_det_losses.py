@@ -5,7 +5,8 @@ from pathlib import Path
 from torch.autograd import grad, gradcheck
 
 from distillbook.core import UserError
-from distillbook.det.losses import MAPS, balance_loss, db_loss, db_parts, dice_loss, dila_db, dilate, dml_maps, hardest, masked_l1, pixel_bce
+from distillbook.det.losses import (MAPS, balance_loss, db_binary, db_loss, db_parts, db_shrink, db_threshold, dice_loss, dila_db, dilate, dml_maps, hardest,
+    masked_l1, pixel_bce)
 from distillbook.learner import distill_learner
 from distillbook.nets import Nets
 from distillbook.terms import Term, Terms
@@ -83,7 +84,7 @@ def test_paddle_dml_with_logarithms():
 def test_paddle_two_pairs():
     paddle('DistillationDMLLoss_det_two_pairs', lambda s,u,t: dml_maps(s, u) + dml_maps(s, t), 'S U T', scale=2)
 
-def dila2(s, u, t, *targets): return dila_db(s, t, targets) + dila_db(u, t, targets)
+def dila2(s, u, t, *targets): return dila_db(s, t, targets[3]) + dila_db(u, t, targets[3])
 def db2(s, u, *targets): return db_loss(s, *targets) + db_loss(u, *targets)
 
 def test_paddle_db_of_two(): paddle('DistillationDBLoss', db2, 'S U', *TARGETS)
@@ -92,7 +93,7 @@ def test_paddle_dilated_db():
     case = 'DistillationDilaDBLoss'
     paddle(case, dila2, 'S U T', *TARGETS)
     for n,k in zip('SU', ('Student','Student2')):
-        near(dila_db(given(case, n), given(case, 'T'), [given(case, o) for o in TARGETS]), golden[f'{case}|out|dila_dbloss_{k}_Teacher'])
+        near(dila_db(given(case, n), given(case, 'T'), given(case, 'shrink_mask')), golden[f'{case}|out|dila_dbloss_{k}_Teacher'])
     near(dilate((given(case, 'T')[:,0]>.3).float()), golden[f'{case}|out|dilated_teacher'], 0)
 
 def test_paddle_cml_is_a_sum_of_these():
@@ -153,13 +154,15 @@ def test_each_setting_reaches_its_loss(kw):
     want = dict(shrink_maps=o['alpha']*balance_loss(m[:,0], y, ym, o['main'], o['balance'], o['ohem_ratio'], o['eps']),
                 threshold_maps=o['beta']*masked_l1(m[:,1], t, tm, o['eps']), binary_maps=dice_loss(m[:,2], y, ym, eps=o['eps']))
     got = db_parts(m, t, tm, y, ym, **kw)
+    assert got['threshold_maps']==db_threshold(m, t, tm, o['beta'], o['eps']) and got['binary_maps']==db_binary(m, y, ym, o['eps'])
+    assert db_shrink(m[:,:1], y, ym, **{k: v for k,v in kw.items() if k!='beta'})==got['shrink_maps']
     assert got==want and db_loss(m, t, tm, y, ym, **kw)==sum(want.values())
     teacher = page(7)[0]
     seen = dilate((teacher[:,0]>.3).double())
-    assert dila_db(m, teacher, (t,tm,y,ym), **kw) == o['alpha']*balance_loss(m[:,0], seen, ym, o['main'], o['balance'], o['ohem_ratio'], o['eps']) + dice_loss(m[:,2], seen, ym, eps=o['eps'])
+    assert dila_db(m, teacher, ym, **kw) == o['alpha']*balance_loss(m[:,0], seen, ym, o['main'], o['balance'], o['ohem_ratio'], o['eps']) + dice_loss(m[:,2], seen, ym, eps=o['eps'])
     if kw:
         assert db_loss(m, t, tm, y, ym, **kw) != db_loss(m, t, tm, y, ym)
-        assert (dila_db(m, teacher, (t,tm,y,ym), **kw) != dila_db(m, teacher, (t,tm,y,ym))) == ('beta' not in kw)
+        assert (dila_db(m, teacher, ym, **kw) != dila_db(m, teacher, ym)) == ('beta' not in kw)
 
 @pytest.mark.parametrize('shape', ((1,1), (1,5), (2,2), (17,23), (64,48)))
 def test_dilation_is_that_of_opencv(shape):
@@ -169,13 +172,14 @@ def test_dilation_is_that_of_opencv(shape):
 def test_the_teacher_s_threshold_is_strict():
     m,y = page()
     t = torch.full((2,1,7,9), .3)
+    y = y[3]
     assert dila_db(m, t, y) == dila_db(m, torch.zeros(2,1,7,9), y) != dila_db(m, t+1e-6, y) == dila_db(m, t, y, thresh=.29)
 
 def test_a_teacher_of_one_map_is_enough_and_learns_nothing():
     m,y = page()
     t = page(7)[0].requires_grad_()
-    loss = dila_db(m.requires_grad_(), t, y)
-    assert loss==dila_db(m, t[:,:1], y)
+    loss = dila_db(m.requires_grad_(), t, y[3])
+    assert loss==dila_db(m, t[:,:1], y[3])
     gm,gt = grad(loss, (m, t), allow_unused=True)
     assert gt is None and gm[:,0].any() and gm[:,2].any() and not gm[:,1].any()
 
@@ -210,7 +214,7 @@ def test_nothing_counts(main, balance):
     loss = db_loss(m.requires_grad_(), *y, main=main, balance=balance)
     g, = grad(loss, m)
     assert loss.isfinite() and not g.any()
-    loss = dila_db(m, page(7)[0].float(), y, main=main, balance=balance)
+    loss = dila_db(m, page(7)[0].float(), y[3], main=main, balance=balance)
     assert loss.isfinite() and not grad(loss, m)[0].any()
 
 @pytest.mark.parametrize('main', MAINS)
@@ -240,7 +244,7 @@ def test_a_map_of_one_pixel():
     m = torch.tensor([.2,.5,.9]).reshape(1,3,1,1).requires_grad_()
     y = [torch.ones(1,1,1)]*4
     near(db_loss(m, *y, main='BCELoss'), -5*np.log(.2) + 10*.5 + 1-2*.9/1.9)
-    assert grad(dila_db(m, m, y), m)[0].isfinite().all()
+    assert grad(dila_db(m, m, y[3]), m)[0].isfinite().all()
 
 def test_nan_stays_nan():
     "So that the learner can say which term it was; `F.binary_cross_entropy` would stop with an assertion on the device"
@@ -252,7 +256,7 @@ def test_nan_stays_nan():
 def test_ties_among_the_hardest(ties):
     for n in (0, 1, 7, 40, 99): near(hardest(ties.float(), torch.tensor(float(n))), sum(sorted(ties.tolist())[::-1][:n]))
 
-FNS = {f'db {m}': partial(db_loss, main=m) for m in MAINS} | {f'dila {m}': lambda a,*y,m=m: dila_db(a, a.flip(0), y, main=m) for m in MAINS} | dict(
+FNS = {f'db {m}': partial(db_loss, main=m) for m in MAINS} | {f'dila {m}': lambda a,*y,m=m: dila_db(a, a.flip(0), y[3], main=m) for m in MAINS} | dict(
     unbalanced=partial(db_loss, main='BCELoss', balance=False), dml=lambda a,*y: dml_maps(a, a.flip(0)), dml_log=lambda a,*y: dml_maps(a, a.flip(0), act='sigmoid', use_log=True))
 each = pytest.mark.parametrize('f', FNS.values(), ids=FNS)
 
@@ -282,11 +286,11 @@ def test_shapes_that_would_broadcast_are_refused():
     for f in (dice_loss, masked_l1, balance_loss):
         with pytest.raises(UserError, match=r'wants maps of the same shape, not \[2, 7, 9\] and \[2, 1, 7, 9\]'): f(m[:,0], y[2][:,None], y[3])
     with pytest.raises(UserError, match='same shape'): dice_loss(m[:,0], y[2], y[3], weights=torch.ones(()))
-    with pytest.raises(UserError, match='same shape'): dila_db(m, page()[0][...,:4], y)
+    with pytest.raises(UserError, match='same shape'): dila_db(m, page()[0][...,:4], y[3])
 
 def test_maps_that_are_not_there_are_refused():
     m,y = page()
-    for f in (lambda: db_loss(m[:,:1], *y), lambda: dila_db(m[:,:1], m, y), lambda: dml_maps(m[:,:1], m[:,:1], 'binary_maps'), lambda: db_loss(m[:,0], *y)):
+    for f in (lambda: db_loss(m[:,:1], *y), lambda: dila_db(m[:,:1], m, y[3]), lambda: dml_maps(m[:,:1], m[:,:1], 'binary_maps'), lambda: db_loss(m[:,0], *y)):
         with pytest.raises(UserError, match='in maps of shape .* while it trains'): f()
 
 @pytest.mark.parametrize('name', ('shrnk_maps', ['thrink_maps'], None, 0))
@@ -312,7 +316,7 @@ class Maps(torch.nn.Module):
 def cml(frozen=('Teacher',)):
     torch.manual_seed(0)
     nets = Nets(dict(Student=Maps(3), Student2=Maps(3), Teacher=Maps(1)), frozen)
-    return nets,Terms(nets, [Term(dila_db, 'Student.maps', 'Teacher.maps'), Term(partial(dila_db, alpha=1), 'Student2.maps', 'Teacher.maps'),
+    return nets,Terms(nets, [Term(dila_db, 'Student.maps', 'Teacher.maps', targets=[3]), Term(partial(dila_db, alpha=1), 'Student2.maps', 'Teacher.maps', targets=[3]),
         Term(dml_maps, 'Student.maps', 'Student2.maps'), Term(db_loss, 'Student.maps'), Term(partial(db_loss, main='BCELoss'), 'Student2.maps', weight=.5)])
 
 def test_cml_in_five_terms():
@@ -322,15 +326,24 @@ def test_cml_in_five_terms():
     assert '_projectors' not in nets._modules
     outs = nets.train()(x)
     s,u,t = [outs[k]['maps'] for k in ('Student','Student2','Teacher')]
-    want = dila_db(s, t, y) + dila_db(u, t, y, alpha=1) + dml_maps(s, u) + db_loss(s, *y) + .5*db_loss(u, *y, main='BCELoss')
+    want = dila_db(s, t, y[3]) + dila_db(u, t, y[3], alpha=1) + dml_maps(s, u) + db_loss(s, *y) + .5*db_loss(u, *y, main='BCELoss')
     got = terms(outs, *y)
     near(got, want, 1e-6)
     got.backward()
     assert all(p.grad is not None and p.grad.any() for n in ('Student','Student2') for p in nets[n].parameters())
     assert all(p.grad is None for p in nets['Teacher'].parameters())
 
-def test_all_three_are_for_training_only():
-    for f in (db_loss, dila_db, dml_maps): assert f.train_only is True
+def test_all_are_for_training_only():
+    for f in (db_loss, db_shrink, db_threshold, db_binary, dila_db, dml_maps): assert f.train_only is True
+
+def test_the_parts_as_terms_of_their_own_add_up():
+    nets,_ = cml()
+    terms = Terms(nets, [Term(db_shrink, 'Student.maps', targets=[2,3]), Term(db_threshold, 'Student.maps', targets=[0,1]), Term(db_binary, 'Student.maps', targets=[2,3])])
+    x,(_,y) = torch.rand(2,3,7,9),page(dtype=torch.float32)
+    terms.connect((x,), y)
+    outs = nets.train()(x)
+    near(terms(outs, *y), db_loss(outs['Student']['maps'], *y), 1e-6)
+    near(list(terms.parts.values()), [v.item() for v in db_parts(outs['Student']['maps'], *y).values()], 1e-6)
 
 def test_a_few_steps_bring_the_terms_down():
     from fastai.data.core import DataLoaders
@@ -341,7 +354,7 @@ def test_a_few_steps_bring_the_terms_down():
     nets,_ = cml()
     dls = DataLoaders(dl, dl, device='cpu')
     dls.n_inp = 1
-    learn = distill_learner(dls, nets, [Term(dila_db, 'Student.maps', 'Teacher.maps'), Term(dml_maps, 'Student.maps', 'Student2.maps'),
+    learn = distill_learner(dls, nets, [Term(dila_db, 'Student.maps', 'Teacher.maps', targets=[3]), Term(dml_maps, 'Student.maps', 'Student2.maps'),
         Term(db_loss, 'Student.maps'), Term(db_loss, 'Student2.maps')])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     parts = learn.parts().drop(columns='dml_maps_Student_Student2')  # two fresh nets agree, knowing nothing

@@ -5,7 +5,8 @@ from shapely.geometry import Polygon
 
 from distillbook.core import UserError
 from distillbook.det.losses import db_loss
-from distillbook.det.metric import DetMetric, match, polygons
+from distillbook.det.metric import DetMetric, match_boxes
+from distillbook.det.geometry import valid_polygons
 from distillbook.learner import distill_learner
 from distillbook.terms import Term
 
@@ -60,7 +61,7 @@ def test_the_cases_are_not_trivial():
         rng = np.random.default_rng(seed)
         words = quads(rng, 20, 30)
         boxes = words + rng.normal(0, 1.5, words.shape)
-        t = polygons(words)[0]
+        t = valid_polygons(words)[0]
         touching = shapely.area(shapely.intersection(t[:,None], t)).astype(bool).sum() - len(t)
         totals += [touching, *counts(words, np.arange(20)%4==0, boxes)[:2]]
     assert (totals > 100).all()
@@ -87,7 +88,7 @@ def test_one_box_one_word():
 def test_order():
     words,wide,left = [box(0,0,100,20), box(20,0,120,20)],box(10,0,110,20),box(-10,0,70,20)
     assert counts(words, [False]*2, [wide,left])[0]==1 and counts(words, [False]*2, [left,wide])[0]==2
-    assert match(polygons(words)[0], polygons([left,wide])[0], np.zeros(2, bool))[0].tolist()==[[0,0],[1,1]]
+    assert match_boxes(valid_polygons(words)[0], valid_polygons([left,wide])[0], np.zeros(2, bool))[0].tolist()==[[0,0],[1,1]]
 
 def test_around_the_clock_or_against_it():
     assert counts([W], [False], [W[::-1]])==counts([W[2:]+W[:2]], [False], [W])==(1, 1, 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 from shapely.geometry import Polygon
 from distillbook.core import UserError
 from distillbook.det import render as pages
-from distillbook.det.render import TEXTURES, are_apart, corners, find_place, ink_colour, placing, render_page, show_page, small_word, texture, write_pages, write_word
+from distillbook.det.render import TEXTURES, RenderedPages, are_apart, placed_corners, place_word, ink_colour, placement, render_page, show_page, small_word, texture, write_pages, write_word
 from distillbook.data.render import font_files, make_words
 
 WORDS,DEJAVU,ROBOTO = make_words(300, seed=1),font_files('dejavu'),font_files('roboto')
@@ -62,8 +62,8 @@ def test_ink_is_where_the_polygon_says(angle):
     for word,size in (('Hamburg', 30), ('egg', 14), ('8', 40)):
         ink = small_word(word, DEJAVU[2], size)
         assert ink[0].max()>0 and ink[-1].max()>0 and ink[:,0].max()>0 and ink[:,-1].max()>0
-        M = placing(*ink.shape, 128, 120, angle)
-        poly = corners(*ink.shape, M)
+        M = placement(*ink.shape, 128, 120, angle)
+        poly = placed_corners(*ink.shape, M)
         ys,xs = np.nonzero(cv2.warpAffine(ink, M, (256, 256))>100)
         inner = np.linalg.solve(M[:,:2], (np.stack([xs, ys])-M[:,2:]))
         assert (inner.min(1)>-1.2).all() and (inner.max(1)<[ink.shape[1]+.2, ink.shape[0]+.2]).all()
@@ -77,7 +77,7 @@ def test_words_are_written_inside_their_polygons():
         rng = np.random.default_rng(i)
         paper = np.full((128, 200, 3), 100, np.float32)
         ink = small_word(WORDS[i], ROBOTO[i], 24)
-        M,poly = find_place(rng, ink.shape, 128, 200, 20, [], 3)
+        M,poly = place_word(rng, ink.shape, 128, 200, 20, [], 3)
         before = paper.copy()
         write_word(paper, ink, M, rng, (60, 100))
         inside = np.zeros((128, 200), np.uint8)
@@ -88,7 +88,7 @@ def test_words_are_written_inside_their_polygons():
 def test_are_apart_is_exact():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        a,b = [corners(*rng.integers(4, 30, 2), placing(10, 10, *rng.uniform(0, 60, 2), rng.uniform(0, 360))) for _ in range(2)]
+        a,b = [placed_corners(*rng.integers(4, 30, 2), placement(10, 10, *rng.uniform(0, 60, 2), rng.uniform(0, 360))) for _ in range(2)]
         assert are_apart(a, b) == (not Polygon(a).intersects(Polygon(b)))
         assert are_apart(a, b, 5) <= (Polygon(a).distance(Polygon(b))>5)
 
@@ -155,3 +155,30 @@ def test_show_page():
     assert [len(p.get_xy())-1 for p in ax.patches]==[5,3] and matplotlib.colors.to_hex(ax.patches[1].get_edgecolor())=='#0000ff'
     assert not show_page(im).patches
     plt.close('all')
+
+# ---- pages as a source
+
+def test_pages_as_a_source():
+    "The same in another order, another process and another epoch; `skip` goes on where another source ends"
+    import pickle
+    a = RenderedPages(4, seed=3, height=96, width=128, words_max=6)
+    b = pickle.loads(pickle.dumps(a))
+    for i in (3,0,2,1):
+        x,y = a.read(i),b.read(i, np.random.default_rng(i))
+        assert (x['image']==y['image']).all() and x['label']==y['label'] and x['where']==y['where']
+        assert x['image'].shape==(96,128,3) and x['image'].dtype==np.uint8
+        assert a.read(i, picture=False)=={k: v for k,v in x.items() if k!='image'}
+    c = RenderedPages(2, seed=3, skip=2, height=96, width=128, words_max=6)
+    assert [o['label'] for o in c]==[a[2]['label'], a[3]['label']] and len(a)==4
+    assert len({o['path'] for o in [*a, *c]})==4 and a.fingerprint()==b.fingerprint()!=c.fingerprint()
+
+def test_pages_as_a_source_are_read_by_the_label_operation():
+    from distillbook.det.operations import DetLabelEncode
+    page = RenderedPages(1, fonts='roboto', height=160, width=200).read(0)
+    words = DetLabelEncode()(page)
+    assert len(words['polys'])==len(words['texts'])==len(json.loads(page['label']))>0
+
+@pytest.mark.parametrize('kwargs,says', [(dict(pages=0), 'pages: a whole number from 1 is wanted, not 0'), (dict(skip=-1), 'skip'), (dict(height=31), 'height'), (dict(seed=1.5), 'seed'),
+    (dict(fonts='arial'), "no font family 'arial'"), (dict(fonts=[]), 'fonts: the list is empty'), (dict(words_max=True), 'words_max')])
+def test_pages_that_cannot_be(kwargs, says):
+    with pytest.raises(UserError, match=says): RenderedPages(**kwargs)

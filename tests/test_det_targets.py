@@ -3,8 +3,8 @@ import json, sys
 from pathlib import Path
 import cv2, numpy as np, pytest
 from distillbook.core import UserError
-from distillbook.det.operations import make_ops
-from distillbook.det.targets import MakeBorderMap, MakeShrinkMap, border_targets, inside_page, measure, shift, shift_distance, shrink_polygon, shrink_targets, usable
+from distillbook.det.targets import MakeBorderMap, MakeShrinkMap, border_targets, inside_page, shift_distance, shrink_polygon, shrink_targets, usable_polygons
+from distillbook.det.geometry import area_length, offset_polygon
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.targets import loop_border, loop_shrink, words
 
@@ -24,7 +24,7 @@ def test_golden(case):
         np.testing.assert_allclose(sample[k], Z[f'{case}|out|{k}'], rtol=0, atol=1e-5, err_msg=k)
     if f'{case}|out|ignore_after' in Z:
         assert sample['ignore_tags'].tolist()==Z[f'{case}|out|ignore_after'].tolist()
-        inside,_,_ = inside_page(usable(polys, tags)[0], meta['H'], meta['W'])
+        inside,_,_ = inside_page(usable_polygons(polys, tags)[0], meta['H'], meta['W'])
         assert np.array_equal(inside, Z[f'{case}|out|polys_after'])
     assert np.array_equal(polys, Z[f'{case}|in|polys'])
 
@@ -68,14 +68,11 @@ def test_distance_and_shift():
     box = np.float32([[0,0],[40,0],[40,20],[0,20]])
     assert shift_distance([box])==pytest.approx(800*.84/120)
     assert shift_distance([box], 1.)==0
-    assert np.ptp(shift(box, -5)[0], 0).tolist()==[30,10]
-    assert shift(box, -30)==[]
+    assert np.ptp(offset_polygon(box, -5)[0], 0).tolist()==[30,10]
+    assert offset_polygon(box, -30)==[]
     assert len(shrink_polygon(box[::-1]))==1
 
 def test_as_operations():
-    names = [dict(MakeBorderMap=dict(shrink_ratio=.4, thresh_min=.3, thresh_max=.7)), dict(MakeShrinkMap=dict(shrink_ratio=.4, min_text_size=8)), dict(KeepKeys=dict(keep_keys=['image','shrink_map']))]
-    ops,keys = make_ops(names)
-    assert [type(o).__name__ for o in ops]==['MakeBorderMap','MakeShrinkMap'] and keys==['image','shrink_map']
     for op in (MakeBorderMap, MakeShrinkMap):
         with pytest.raises(UserError, match='between 0 and 1'): op(shrink_ratio=1.5)
 
@@ -115,7 +112,7 @@ def test_any_corners():
         if i%3==0: p = p.round()
         if i%5==0: p = np.concatenate([p, p[-1:]])
         if i%2: p = cv2.convexHull(p.astype(np.float32))[:,0]
-        grown = shift(np.float32(p), shift_distance(np.float32([p]))[0])
+        grown = offset_polygon(np.float32(p), shift_distance(np.float32([p]))[0])
         if grown and ((grown[0].min(0)>(109,99)) | (grown[0].max(0)<0)).any(): continue
         seen += (same_as_loop([p], [False], 100, 110, 1e-5 if i%2 else 1e-4)[0]>.65).any()
     assert seen > 75
@@ -150,7 +147,7 @@ def test_different_numbers_of_corners_in_one_page():
 def test_nothing_outside_of_its_own_box():
     p = np.float32([[50.3,40.1],[91.2,44.7],[90.6,58.2],[49.8,54.4]])
     t,m = border_targets([p], [False], 128, 160)
-    (x0,y0),(x1,y1) = (f(shift(p, shift_distance([p])[0])[0], 0) for f in (np.min, np.max))
+    (x0,y0),(x1,y1) = (f(offset_polygon(p, shift_distance([p])[0])[0], 0) for f in (np.min, np.max))
     t[y0:y1+1,x0:x1+1],m[y0:y1+1,x0:x1+1] = .3,0
     assert (t==np.float32(.3)).all() and not m.any()
 
@@ -159,7 +156,7 @@ def test_a_word_beside_the_page_draws_nothing(at):
     "PaddleOCR draws a row or column of another place of its box at the page's border, or fails"
     word = [np.float32([[0,0],[60,0],[60,40],[0,40]])+np.float32(at)]
     t,m = border_targets(word, [False], 100, 110)
-    beside = (shift(word[0], shift_distance(word)[0])[0].min(0)>(109,99)).any() or (shift(word[0], shift_distance(word)[0])[0].max(0)<0).any()
+    beside = (offset_polygon(word[0], shift_distance(word)[0])[0].min(0)>(109,99)).any() or (offset_polygon(word[0], shift_distance(word)[0])[0].max(0)<0).any()
     assert beside == (not m.any()) == bool((t==np.float32(.3)).all())
 
 def test_other_ramps():
@@ -181,7 +178,7 @@ def test_page_that_paddle_fails_on():
     assert np.argwhere(m==0).tolist()==[[100,x] for x in range(100, 141)]
 
 def test_measures():
-    area,length = measure([[[0,0],[3,0],[3,4]], [[0,0],[10,0],[10,2],[0,2]]])
+    area,length = area_length([[[0,0],[3,0],[3,4]], [[0,0],[10,0],[10,2],[0,2]]])
     assert area.tolist()==[6,20] and length.tolist()==[12,24]
     assert shift_distance([[[5,5]]*4]).tolist()==[0] and shift_distance([]).tolist()==[]
 

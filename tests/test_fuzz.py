@@ -12,7 +12,7 @@ from distillbook.core import UserError
 from distillbook.config.paddle import build_model, build_set
 from distillbook.rec.render import read_image
 from distillbook.rec.operations import OPS as REC
-from distillbook.data.sets import make_op
+from distillbook.data.operations import make_op
 from distillbook.use.weights import extract, load_weights, read_pickle, read_weights, save_weights
 from distillbook.data.render import draw_line, font_files
 

@@ -5,12 +5,11 @@ import numpy as np, pytest, torch
 from fastai.basics import Callback
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config.files import build_decoder, build_learner, build_loss, build_metric, build_model, load_config
+from distillbook.config import build_decoder, build_learner, build_loss, build_metric, build_model, load_config
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
-from distillbook.optim import make_groups, make_opt_func, opt_cbs
-from distillbook.config.paddle import build_terms
-from distillbook.schedules import FollowSchedule, lr_schedule
+from distillbook.config import build_optimizer, build_terms, lr_schedule
+from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
 from weights_formula import fill
 
@@ -84,8 +83,8 @@ def test_e2e_four_steps(optimizer):
     load_paddle(model, {n: fill(n, s) for n,s,_ in names})
     batch = tuple(torch.from_numpy(z[f'batch|in|{k}']) for k in json.loads(str(z['batch|meta']))['order'])
     dl = Same(batch, 2)
-    learn = distill_learner(DataLoaders(dl, Same(batch, 1)), model, build_terms(cfg), opt_func=make_opt_func(o), groups=make_groups(o),
-        cbs=[FollowSchedule(lr_schedule(o['lr'], 3, 2)), *opt_cbs(o), watch := Watch()])
+    learn = distill_learner(DataLoaders(dl, Same(batch, 1)), model, build_terms(cfg), opt_func=(made := build_optimizer(o))['opt_func'], groups=made['groups'],
+        cbs=[FollowSchedule(lr_schedule(o['lr'], 3, 2)), *made['cbs'], watch := Watch()])
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     near(watch.lrs, meta['lrs'])
     for name,path in (('backbone_out',)*2, ('neck_out',)*2, ('head_out.ctc',)*2, ('head_out.ctc_neck',)*2, ('head_out.sar',)*2):

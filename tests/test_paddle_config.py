@@ -3,11 +3,11 @@ import copy, json, logging, os, pickle, re, signal, subprocess, sys, time
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from distillbook.checkpoint import load_file, save_file
-from distillbook.config.files import build_decoder, build_dls, build_learner, build_loss, build_metric, build_model, load_config
+from distillbook.config import build_decoder, build_dls, build_learner, build_loss, build_metric, build_model, experiment, load_config, ready_networks
 from distillbook.core import UserError
-from distillbook.config.paddle import DistillationModel
+from distillbook.config import DistillationModel
 from distillbook.rec.render import font_files, make_words, render_words
-from distillbook.use.training import evaluate_config, train
+from distillbook.use.training import evaluate_sets, train
 from distillbook.use.weights import read_pdparams
 
 CONFIGS = Path(__file__).parents[1]/'configs'/'rec'
@@ -293,11 +293,11 @@ def test_workers_change_nothing(data, tmp_path):
 @pytest.mark.parametrize('path', [V2, PLAIN])
 def test_other_configurations(path, data, tmp_path):
     cfg = loaded(path, data, tmp_path/'run', 'Optimizer.lr.warmup_epoch=0')
-    learn = train(cfg)
+    learn = train(experiment(cfg))
     parts = learn.loss_func.parts
     assert set(parts)==({'CTCLoss','SARLoss'} if path==PLAIN else {'loss_ctc_Student_0','loss_ctc_Teacher_1','dml_0','loss_distance_l2_Student_Teacher_0'})
     cfg['Global']['pretrained_model'] = str(tmp_path/'run'/'best_accuracy')
-    got = evaluate_config(cfg)
+    got = evaluate_sets(ready_networks(cfg, evals=True))['eval']
     assert set(got)==({'acc','norm_edit_dis','fps'} | ({'Teacher_acc','Teacher_norm_edit_dis'} if path==V2 else set()))
     model,batch = build_model(cfg),batch_of(build_dls(cfg).train)
     loss = build_loss(cfg)
@@ -329,7 +329,7 @@ def test_ratio_list(data, tmp_path):
 def test_broken_lines_are_replaced_and_counted(data, tmp_path, caplog):
     (data/'broken.txt').write_text((data/'train.txt').read_text() + 'img/none.png\tabc\n' + f'img/1.png\t{"x"*40}\n' + 'train.txt\tabc\n')
     logging.getLogger('distillbook').propagate = True
-    with caplog.at_level(logging.INFO, 'distillbook'): train(loaded(V3, data, tmp_path, f'Train.dataset.label_file_list=[{data}/broken.txt]', 'Train.loader.num_workers=2', 'Train.loader.batch_size_per_card=19'))
+    with caplog.at_level(logging.INFO, 'distillbook'): train(experiment(loaded(V3, data, tmp_path, f'Train.dataset.label_file_list=[{data}/broken.txt]', 'Train.loader.num_workers=2', 'Train.loader.batch_size_per_card=19')))
     end = [r.getMessage() for r in caplog.records if 'could not be used' in r.getMessage()]
     assert len(end)==1 and '3 lines' in end[0] and 'none.png' in end[0]
 
@@ -402,5 +402,5 @@ def test_best_is_not_forgotten_by_a_resumed_run(whole, data, tmp_path):
     state = load_file(whole[0]/'iter_epoch_2.pth')
     state['best'] = 2.
     save_file(state, tmp_path/'latest.pth')
-    learn = train(loaded(V3, data, tmp_path/'run', *LONG, f'Global.checkpoints={tmp_path}/latest'))
+    learn = train(experiment(loaded(V3, data, tmp_path/'run', *LONG, f'Global.checkpoints={tmp_path}/latest')))
     assert learn.checkpoint.best==2. and not (tmp_path/'run'/'best_accuracy.pth').exists()

@@ -5,14 +5,13 @@ import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config.files import build_decoder, build_loss, build_metric, build_model, load_config
+from distillbook.config import build_decoder, build_loss, build_metric, build_model, load_config
 from distillbook.checkpoint import load_file
 from distillbook.core import UserError
 from distillbook.det.render import write_pages
 from distillbook.learner import distill_learner
-from distillbook.optim import make_groups, make_opt_func, opt_cbs
-from distillbook.config.paddle import build_terms
-from distillbook.schedules import FollowSchedule, lr_schedule
+from distillbook.config import build_optimizer, build_terms, lr_schedule
+from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
 from test_paddle import Same, Watch, load, near, paddle_names
 from weights_formula import fill
@@ -54,8 +53,8 @@ def test_e2e_four_steps(which, optimizer):
     terms,n = build_terms(cfg),len(batch[0])
     for t in terms: t.weight *= n # PaddleOCR's total is a vector [N], of which it back-propagates the sum
     dl = Same(batch, 2)
-    learn = distill_learner(DataLoaders(dl, Same(batch, 1)), model, terms, opt_func=make_opt_func(o), groups=make_groups(o),
-        cbs=[FollowSchedule(lr_schedule(o['lr'], meta['epochs'], 2)), *opt_cbs(o), NoValidation(), watch := Watch()])
+    learn = distill_learner(DataLoaders(dl, Same(batch, 1)), model, terms, opt_func=(made := build_optimizer(o))['opt_func'], groups=made['groups'],
+        cbs=[FollowSchedule(lr_schedule(o['lr'], meta['epochs'], 2)), *made['cbs'], NoValidation(), watch := Watch()])
     first = {}
     def keep(opt):
         if not first: first.update({k: p.grad.clone() for k,p in model.named_parameters() if p.grad is not None})
@@ -213,12 +212,12 @@ def test_train_eval_predict(which, pages, tmp_path):
 
 def test_a_teacher_without_a_threshold_branch_comes_back(pages, tmp_path, monkeypatch):
     "What a released file does not hold is not looked for in the run's own states"
-    from distillbook.config import paddle, training
+    from distillbook.config import networks
     cfg = load_config(CONFIGS/'plain_cml.yml')
-    bare = paddle.as_released(cfg['Architecture']['Models']['Teacher'])
+    bare = networks.as_released(cfg['Architecture']['Models']['Teacher'])
     assert bare['Head']['thresh'] is False and 'thresh' not in cfg['Architecture']['Models']['Teacher']['Head']
-    assert paddle.as_released(dict(bare, freeze_params=False, Head=dict(name='DBHead')))['Head']==dict(name='DBHead')
-    model = build_model(training._unloaded(cfg))
+    assert networks.as_released(dict(bare, freeze_params=False, Head=dict(name='DBHead')))['Head']==dict(name='DBHead')
+    model = networks.build_networks(cfg, load=())
     assert not [k for k in model.state_dict() if k.startswith('Teacher.head.thresh')]
     out = model.train()(torch.zeros(1,3,64,64))
     assert out['Teacher']['maps'].shape==(1,1,64,64) and out['Student']['maps'].shape==(1,3,64,64)

@@ -3,9 +3,9 @@ import cv2, json, numpy as np, os, pytest, string, torch
 from pathlib import Path
 from distillbook.core import UserError
 from distillbook.rec import render as data
-from distillbook.rec.render import (make_words, font_files, draw_line, render_word, render_words, rendered_set, normalise, Lines, WordDL, WordData,
+from distillbook.rec.render import (RenderedLines, spelled_words, make_words, font_files, draw_line, render_word, render_words, rendered_set, normalise, Lines, WordDL, WordData,
     word_dls, fit_line, read_image)
-from distillbook.data.sets import image_paths
+from distillbook.data.pictures import image_paths
 from distillbook.rec.labels import Alphabet
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')
@@ -49,7 +49,7 @@ def test_ink_stays_inside():
     "Whatever the corners do, no line is cut off at its ends: hardly any ink in the first and the last column"
     for i,word in enumerate(WORDS):
         rng = np.random.default_rng(i)
-        full = data.place(draw_line(word, font_files('dejavu')[i%12]), rng)
+        full = data.place_ink(draw_line(word, font_files('dejavu')[i%12]), rng)
         edge = np.concatenate([full[:,0], full[:,-1]])
         assert (edge > 128).mean() < .15 and full.max() > 200, word
 
@@ -178,3 +178,71 @@ def test_image_paths(tmp_path):
     assert names(tmp_path/'x[1].png') == ['x[1].png']
     with pytest.raises(UserError, match='none: no pictures in this folder'): image_paths([tmp_path/'none'])
     with pytest.raises(UserError, match='no such file, and no file matches'): image_paths([tmp_path/'b.png', tmp_path/'*.webp'])
+
+# A source of rendered lines
+
+def same(a, b): return a.keys()==b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+def test_rendered_lines():
+    a,b = RenderedLines(words=30, seed=4),RenderedLines(words=30, seed=4)
+    lines = [a.read(i) for i in range(len(a))]
+    assert len(a)==30 and [o['label'] for o in lines]==a.words==make_words(30, 4)
+    for i in (29, 3, 3): assert same(b.read(i), lines[i]) and same(a[i], lines[i])
+    im = lines[0]['image']
+    assert im.dtype==np.uint8 and im.ndim==3 and im.shape[0]==48 and im.shape[2]==3 and 20<im.shape[1]<=160 and (im[...,0]==im[...,2]).all()
+    assert len({o['image'].shape[1] for o in lines})>5 and len({o['path'] for o in lines})==30
+    assert list(a.read(0, picture=False))==['where','path','label'] and same(a.read(0, np.random.default_rng(1)), lines[0])
+    for i in (-1, 30):
+        with pytest.raises(IndexError): a.read(i)
+    assert not (RenderedLines(words=1, seed=5).read(0)['label']==a.words[0])
+
+def test_rendered_lines_go_on_where_others_end():
+    whole = RenderedLines(words=40, seed=2)
+    parts = [RenderedLines(words=25, seed=2),RenderedLines(words=15, seed=2, skip=25)]
+    both = [o.read(i) for o in parts for i in range(len(o))]
+    assert all(same(whole.read(i), o) for i,o in enumerate(both)) and len(set(whole.words))==40
+
+@pytest.mark.parametrize('characters', ['0123456789', list('abcdefghijklmnopqrstuvwxyz'), list(string.digits+string.ascii_letters)])
+def test_rendered_lines_can_be_spelled(characters):
+    words = RenderedLines(words=60, seed=1, characters=characters).words
+    assert len(set(words))==60 and set(''.join(words))<=set(characters)
+    assert RenderedLines(words=20, seed=1, skip=40, characters=characters).words==words[40:]==spelled_words(60, 1, characters)[40:]
+
+def test_rendered_lines_in_other_processes():
+    "A copy has no pictures in it, and draws the same"
+    import pickle
+    a = RenderedLines(words=20, seed=6, noise=False)
+    lines = [a.read(i) for i in range(20)]
+    data = pickle.dumps(a)
+    b = pickle.loads(data)
+    assert len(data)<20_000 and all(same(b.read(i), o) for i,o in enumerate(lines))
+
+def test_rendered_lines_are_drawn_once(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, 'render_word', lambda text,*args,**kwargs: drawn.append(text) or np.zeros((48, 40), np.uint8))
+    a = RenderedLines(words=5)
+    for _ in range(3): [a.read(i) for i in range(5)]
+    assert drawn==a.words
+    monkeypatch.setattr(data, 'KEEP_LINES', 2)
+    b = RenderedLines(words=5)
+    for _ in range(2): [b.read(i) for i in range(5)]
+    assert len(drawn)==5+5+3
+
+def test_fingerprint_of_rendered_lines():
+    kinds = [{}, dict(words=9), dict(seed=1), dict(skip=1), dict(fonts='roboto'), dict(noise=False), dict(width=100), dict(characters='0123456789')]
+    prints = [RenderedLines(**dict(words=10)|kw).fingerprint() for kw in kinds]
+    assert len(set(prints))==len(kinds) and prints[0]==RenderedLines(words=10).fingerprint()
+
+@pytest.mark.parametrize('kw,says', [(dict(words=0), 'words: a whole number from 1'), (dict(skip=-1), 'skip: '), (dict(seed=.5), 'seed: '), (dict(width='160'), 'width: '),
+    (dict(fonts='arial'), "no font family 'arial'"), (dict(characters='!'), "characters: of .* invented words only 0 can be spelled with '!'")])
+def test_wrong_rendered_lines(kw, says):
+    with pytest.raises(UserError, match=says): RenderedLines(**dict(words=10)|kw)
+
+def test_rendered_lines_make_batches():
+    from distillbook.data.loader import SampleDL
+    from distillbook.data.sets import SampleSet
+    from distillbook.rec.operations import OPS
+    ops = [OPS['CTCLabelEncode'](25, None, lower=True), OPS['RecResizeImg']([3,48,160])]
+    lines = SampleSet(RenderedLines(words=12, seed=1), ops, ['image','label','length'])
+    x,y,n = next(iter(SampleDL(lines, bs=12)))
+    assert x.shape==(12,3,48,160) and n.tolist()==[len(o) for o in RenderedLines(words=12, seed=1).words]

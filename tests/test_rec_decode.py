@@ -1,9 +1,10 @@
 "Greedy decoding and the recognition metric against PaddleOCR's, and against cases worked by hand"
-import itertools, json, math, numpy as np, pytest, torch
+import itertools, json, math, matplotlib.pyplot as plt, numpy as np, pytest, torch
 from pathlib import Path
 from types import SimpleNamespace
 from distillbook.core import UserError
-from distillbook.rec.decode import RecMetric, compare, ctc_decode, greedy, label_texts, mark_errors, sar_decode, word_boxes
+from distillbook.rec.decode import (CTCDecoder, RecMetric, SARDecoder, are_probs, compare_texts, ctc_decode, draw_reads, greedy, label_texts,
+    mark_errors, sar_decode, word_boxes)
 from distillbook.rec.labels import Alphabet, SARClasses, encode_batch, multi_label
 
 golden = np.load(Path(__file__).parent/'golden'/'post_rec.npz')
@@ -147,7 +148,7 @@ def test_paddle_batches():
 @pytest.mark.parametrize('read,truth,right,similar', [
     ('kitten','sitting',False,4/7), ('','',True,1), ('','ab',False,0), ('ab','',False,0), ('Ab','ab',False,.5), ('abcd','abxd',False,.75), ('a b','ab ',True,1)])
 def test_compare_by_hand(read, truth, right, similar):
-    got = compare(read, truth)
+    got = compare_texts(read, truth)
     assert got[0] == right and got[1] == pytest.approx(similar)
 
 def logits_of(texts, a, T=12):
@@ -184,3 +185,55 @@ def test_metric_reads_no_padding():
 @pytest.mark.parametrize('truth,read,marked', [
     ('hello','hello','hello'), ('hello','he1lo','he[1]lo'), ('hello','ello','[]ello'), ('hello','hellow','hello[w]'), ('ab','','[]'), ('','ab','[ab]'), ('',"",'')])
 def test_mark_errors(truth, read, marked): assert mark_errors(truth, read) == marked
+
+# Decoders as objects
+
+@pytest.mark.parametrize('array', [torch.from_numpy, lambda o: o], ids=['tensor','array'])
+def test_ctc_decoder(array):
+    "Probabilities and logits are told apart; labels bring the truths"
+    probs,label,m = golden['CTC_default_dict|in|preds'],golden['CTC_default_dict|in|label'],meta('CTC_default_dict')
+    decode = CTCDecoder(alphabet)
+    check(decode(array(probs)), m['result'])
+    check(decode(array(np.log(probs))), m['result'])
+    reads,truths = decode(array(probs), torch.from_numpy(label))
+    check(reads, m['result'])
+    assert truths == [tuple(o) for o in m['label']]
+    assert (CTCDecoder.head, CTCDecoder.classes) == ('ctc', Alphabet)
+
+def test_sar_decoder():
+    m,preds = meta('SAR_default_dict'),torch.from_numpy(golden['SAR_default_dict|in|preds'])
+    for key,kw in [('result',{}), ('rm_symbol',dict(rm_symbol=True))]:
+        decode,want = SARDecoder(SARClasses(alphabet.chars), **kw),[(t, math.nan if c is None else c) for t,c in m[key]]
+        check(decode(preds), want)
+        check(decode(preds.log()), want)
+    assert decode(preds, torch.from_numpy(golden['SAR_default_dict|in|label']))[1] == [tuple(o) for o in m['label']]
+    assert (SARDecoder.head, SARDecoder.classes) == ('sar', SARClasses)
+
+def test_are_probs():
+    x = torch.randn(2, 5, 7)
+    assert are_probs(x.softmax(-1)) and are_probs(x.softmax(-1).bfloat16())
+    assert not are_probs(x) and not are_probs(x.abs()) and not are_probs(x.log_softmax(-1)) and not are_probs(x+float('nan'))
+
+# Pictures of what was read
+
+def notes(fig): return [(t.get_text(), t.get_color()) for ax in fig.axes for t in ax.texts]
+
+@pytest.fixture
+def closed():
+    yield
+    plt.close('all')
+
+def test_draw_reads(closed):
+    x,truths = torch.zeros(4, 3, 48, 64),[(t, 1.) for t in ('ab','cd','ef','gh')]
+    reads = [('ab',.9), ('cx',.5), ('',0.), ('gh',1.)]
+    fig = draw_reads((x, None), dict(Student=(reads, truths), Teacher=(truths, truths)), n=3)
+    assert len([ax for ax in fig.axes if ax.images]) == 3
+    assert notes(fig) == [('Student: ab','black'), ('Teacher: ab','black'), ('Student: c[x]','crimson'), ('Teacher: cd','black'), ('Student: []','crimson'), ('Teacher: ef','black')]
+    assert notes(draw_reads((x,), (reads, truths)))[1] == ('c[x]','crimson')
+    assert len(notes(draw_reads((x[:1],), (reads[:1], truths[:1])))) == 1
+
+def test_draw_reads_shows_the_picture(closed):
+    "Blue first and -1..1 become red first and 0..1"
+    x = torch.tensor([1., 0., -1.])[:,None,None].expand(3, 8, 10)
+    shown = draw_reads((x[None].bfloat16(),), ([('a',1.)], [('a',1.)])).axes[0].images[0].get_array()
+    assert shown.shape == (8, 10, 3) and shown[0,0].tolist() == [0., .5, 1.]

@@ -2,10 +2,13 @@
 import cv2, json, logging, numpy as np, os, pickle, pytest, random, signal, string, subprocess, sys, time, torch
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook.data import sets as files
+from distillbook.data import loader
 from distillbook.rec.render import fit_line
 from distillbook.rec.operations import OPS, RecResizeImg, make_ops
-from distillbook.data.sets import DecodeImage, KeepKeys, SampleDL, SampleSet, collate, label_files, line_table, lmdb_lines, sample_dls
+from distillbook.data.lists import label_files, line_table, lmdb_lines
+from distillbook.data.loader import SampleDL, collate, sample_dls
+from distillbook.data.operations import DecodeImage, KeepKeys
+from distillbook.data.sets import SampleSet
 
 targets = np.load(Path(__file__).parent/'golden'/'targets_rec.npz')
 KEYS = ['image', 'label_ctc', 'label_sar', 'length', 'valid_ratio']
@@ -119,7 +122,7 @@ def test_a_million_lines(tmp_path):
     assert len(source.data[0])+source.table.nbytes+source.rows.nbytes < 90e6
     with pytest.raises(UserError, match=r'l.txt:765433: .*pictures/0765/0765432.jpg: No such file'): source[765432]
     start = time.perf_counter()
-    batch = next(iter(files.batch_order(SampleSet(source, [], ['image']), 128, True, True, False)))
+    batch = next(iter(loader.batch_order(SampleSet(source, [], ['image']), 128, True, True, False)))
     assert len(batch)==128 and time.perf_counter()-start < 5
 
 
@@ -434,7 +437,7 @@ def test_seed():
 @pytest.mark.parametrize('buckets', [False, True])
 @pytest.mark.parametrize('shuffle', [False, True])
 def test_workers_make_no_difference(folder, buckets, shuffle, monkeypatch):
-    monkeypatch.setattr(files, 'POOL', 2)
+    monkeypatch.setattr(loader, 'POOL', 2)
     def epochs(n):
         dl = SampleDL(lines(folder, ratio_list=.9), bs=5, shuffle=shuffle, num_workers=n, buckets=buckets)
         return [list(dl) for _ in range(2)]
@@ -446,23 +449,23 @@ def seen(dl): return [tuple(o.tolist()) for *_,o in dl]
 @pytest.mark.parametrize('buckets', [False, True])
 @pytest.mark.parametrize('drop_last', [False, True])
 def test_every_line_once(folder, buckets, drop_last, monkeypatch):
-    monkeypatch.setattr(files, 'POOL', 2)
+    monkeypatch.setattr(loader, 'POOL', 2)
     data = lines(folder)
     orders = []
     for e in range(3):
         data.set_epoch(e)
-        batches = list(files.batch_order(data, 7, True, drop_last, buckets))
+        batches = list(loader.batch_order(data, 7, True, drop_last, buckets))
         assert sorted(map(len, batches))==([7]*5 if drop_last else [5]+[7]*5)
         flat = np.concatenate(batches).tolist()
         assert len(set(flat))==len(flat)==(35 if drop_last else 40)
         orders.append(flat)
     assert orders[0]!=orders[1]!=orders[2]
-    assert np.concatenate(list(files.batch_order(data, 7, False, False, False))).tolist()==list(range(40))
+    assert np.concatenate(list(loader.batch_order(data, 7, False, False, False))).tolist()==list(range(40))
 
 @pytest.mark.parametrize('buckets', [False, True])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_resume_inside_an_epoch(folder, buckets, workers, monkeypatch):
-    monkeypatch.setattr(files, 'POOL', 3)
+    monkeypatch.setattr(loader, 'POOL', 3)
     dl = SampleDL(lines(folder), bs=4, shuffle=True, buckets=buckets)
     dl.set_epoch(5)
     whole = list(dl)
@@ -491,7 +494,7 @@ def test_epochs(folder):
 def test_order_is_not_that_of_the_samples_chance(folder):
     "numpy pads seeds with zeros: [seed, epoch] would be the generator of line 0"
     data = lines(folder)
-    order = np.concatenate(list(files.batch_order(data, 40, True, False, False)))
+    order = np.concatenate(list(loader.batch_order(data, 40, True, False, False)))
     assert order.tolist()!=np.random.default_rng([1, 0]).permutation(40).tolist()
 
 def test_buckets(folder):
@@ -546,7 +549,9 @@ PROGRAM = '''
 import sys, hashlib, time
 from pathlib import Path
 from distillbook.rec.operations import *
-from distillbook.data.sets import SampleDL, SampleSet, label_files
+from distillbook.data.lists import label_files
+from distillbook.data.loader import SampleDL
+from distillbook.data.sets import SampleSet
 folder,skip,slow = Path(sys.argv[1]),int(sys.argv[2]),float(sys.argv[3])
 ops,keys = make_ops([dict(DecodeImage=dict(img_mode='BGR')), dict(RecAug=None), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))], dict(max_text_length=25))
 dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, seed=3), bs=4, shuffle=True, num_workers=2)

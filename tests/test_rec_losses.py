@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 
 from distillbook.core import UserError
 from distillbook.losses import dkd, dml_paddle, kl_paddle
-from distillbook.rec.losses import ctc_dkd, ctc_logits_kd, ctc_loss, kl_eps, log_bag, negate_blank, next_chars, nrtr_loss
+from distillbook.rec.losses import ctc_dkd, ctc_logits_kd, ctc_loss, gtc_dkd, gtc_kl, kl_eps, log_bag, negate_blank, next_chars, nrtr_loss
 
 GOLDEN = Path(__file__).parent/'golden'
 golden,basic = np.load(GOLDEN/'losses_rec.npz'),np.load(GOLDEN/'losses_basic.npz')
@@ -231,10 +231,19 @@ def test_paddle_multi_loss_with_nrtr():
 
 def test_paddle_kl_div_of_decoders():
     paddle(golden, 'DistillationKLDivLoss_gtc', lambda s,t,y: kl_paddle(s, t, mask=next_chars(s, y)!=0), 'gtcS', 'gtcT', 'label_gtc')
+    paddle(golden, 'DistillationKLDivLoss_gtc', gtc_kl, 'gtcS', 'gtcT', 'label_gtc')
+
+def test_gtc_dkd_is_dkd_of_the_next_characters():
+    a,b = lines(0),lines(1).requires_grad_()
+    for kw in ({}, dict(alpha=1., beta=2.), dict(alpha=.5)):
+        assert torch.equal(gtc_dkd(a, b, ROWS, **kw), dkd(a, b, next_chars(a, ROWS), **dict(alpha=1., beta=1.)|kw, T=1., detach=False))
+    gtc_dkd(a, b, ROWS).backward()
+    assert b.grad.abs().sum() > 0
+    with pytest.raises(UserError, match='labels of 5 columns'): gtc_dkd(a, b, ROWS[:,:4])
 
 def test_the_losses_of_a_pp_ocrv4_config():
     def v4(ctcS, ctcT, gtcS, gtcT, label_ctc, label_gtc, length):
-        parts = dict(dkd_0=.1*dkd(gtcS, gtcT, next_chars(gtcS, label_gtc), 1., 2., 1., detach=False), loss_ctc_Student_0=ctc_loss(ctcS, label_ctc, length),
+        parts = dict(dkd_0=.1*gtc_dkd(gtcS, gtcT, label_gtc, alpha=1., beta=2.), loss_ctc_Student_0=ctc_loss(ctcS, label_ctc, length),
             loss_nrtr_Student_0=nrtr_loss(gtcS, label_gtc, smoothing=False, ignore_padding=False), ctc_logits_0=ctc_logits_kd(ctcS, ctcT))
         for k,v in parts.items(): near(v, golden[f'CombinedLoss_rec_v4|out|{k}'])
         return sum(parts.values())

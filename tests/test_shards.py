@@ -3,16 +3,18 @@ import builtins, copy, itertools, json, logging, os, pickle, tarfile
 from pathlib import Path
 from unittest import mock
 import cv2, numpy as np, pytest, torch
-from distillbook.data import sets as samples, shards
-from distillbook.config.files import build_model, load_config
+from distillbook.data import shards
+from distillbook.config import build_model, load_config
 from distillbook.core import UserError
-from distillbook.config.paddle import build_dl
+from distillbook.config.data import build_dl
 from distillbook.det.operations import make_ops as det_ops
 from distillbook.det.render import render_page
 from distillbook.rec.render import render_words
 from distillbook.rec.operations import make_ops
-from distillbook.data.sets import LabelFiles, SampleDL, SampleSet, batch_order, label_files, lmdb_lines
-from distillbook.data.shards import ShardDL, in_passing, places, shard_lines, shard_paths, stream_order, stream_spans, write_shards
+from distillbook.data.lists import label_files
+from distillbook.data.loader import SampleDL, batch_order
+from distillbook.data.sets import SampleSet
+from distillbook.data.shards import ShardDL, read_through, sample_offsets, shard_lines, shard_paths, stream_order, stream_spans, write_shards
 from distillbook.data.render import font_files, make_words
 
 CONFIGS = Path(__file__).parents[1]/'configs'
@@ -119,7 +121,7 @@ def test_kept_file_is_read_and_not_the_pictures(words, tmp_path):
     source = label_files(words/'train.txt', words)
     kept = SampleSet(source, rec_ops(), KEYS, seed=2, ext_op_transform_idx=1, keep=tmp_path)
     assert len(kept.kept)==99
-    with mock.patch('distillbook.data.sets.decode', side_effect=AssertionError): kept[3]
+    with mock.patch('distillbook.data.operations.decode', side_effect=AssertionError): kept[3]
     other = pickle.loads(pickle.dumps(kept.kept))
     assert np.array_equal(other.read(3)['image'], cv2.imread(str(words/'003.png')))
     with pytest.raises(ValueError): other.read(3)['image'][:] = 0
@@ -183,7 +185,7 @@ def test_shards_hold_what_the_files_hold(words, tars):
     files,source = label_files(words/'train.txt', words),shard_lines(tars)
     assert source.counts.tolist()==[15]*6+[11]
     for i in range(101): assert all(source[i][k]==files[i][k] for k in ('image','label','path'))
-    for path in source.paths: assert [k for k,_ in in_passing(path)]==[k for k,_ in places(path)]
+    for path in source.paths: assert [k for k,_ in read_through(path)]==[k for k,_ in sample_offsets(path)]
 
 def test_lines_that_are_missing_are_left_out(words, tmp_path, caplog):
     (tmp_path/'some.txt').write_text('000.png\ta\nnowhere.png\tb\n003.png\tc')
@@ -249,7 +251,7 @@ def test_reading_begins_at_the_first_line_wanted(tars):
     dl = ShardDL(bare(shard_lines(tars)), bs=4, shuffle=False)
     dl.set_epoch(0, skip=20)
     opened = []
-    with mock.patch('distillbook.data.shards.in_passing', side_effect=lambda p: opened.append(Path(p).name) or in_passing(p)): assert numbers(dl)[0]==[80, 81, 82, 83]
+    with mock.patch('distillbook.data.shards.read_through', side_effect=lambda p: opened.append(Path(p).name) or read_through(p)): assert numbers(dl)[0]==[80, 81, 82, 83]
     assert opened==['000005.tar','000006.tar']
 
 def test_joined_and_augmented_lines_are_those_of_the_files(words, tars):
@@ -278,10 +280,10 @@ def test_broken_shards_are_named(tars, tmp_path, workers):
     good = (tars/'000002.tar').read_bytes()
     for data in (good[:10_000], b'not a tar'*900, good[:512]):
         (tmp_path/'b.tar').write_bytes(data)
-        places.cache_clear()
+        sample_offsets.cache_clear()
         with pytest.raises(UserError, match='b.tar: not a whole tar file'): shard_lines(tmp_path)
     (tmp_path/'b.tar').write_bytes(good)
-    places.cache_clear()
+    sample_offsets.cache_clear()
     dl = ShardDL(bare(shard_lines(tmp_path)), bs=4, num_workers=workers)
     (tmp_path/'b.tar').write_bytes(good[:10_000])
     with pytest.raises(UserError, match='b.tar: '): list(dl)
@@ -294,11 +296,11 @@ def test_a_list_that_is_wrong_is_not_believed(tars, tmp_path):
     noted['000000.tar'] = [99, noted['000000.tar'][1]-1]
     for text in (json.dumps(noted), '{"000000.tar": 3}', '[', '[]'):
         (tmp_path/'shards.json').write_text(text)
-        shards._noted.cache_clear()
+        shards._counts_beside.cache_clear()
         assert shard_lines(tmp_path).counts.tolist()==[15]*6+[11]
     noted['000000.tar'] = [99, noted['000000.tar'][1]+1]
     (tmp_path/'shards.json').write_text(json.dumps(noted))
-    shards._noted.cache_clear()
+    shards._counts_beside.cache_clear()
     source = shard_lines(tmp_path)
     with pytest.raises(UserError, match='15 samples, but 99 were counted'): source[50]
     with pytest.raises(UserError, match='15 samples, but 99 were counted'): list(ShardDL(bare(source), bs=4))

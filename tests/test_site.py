@@ -1,5 +1,5 @@
 "The site as it is built offline: every chapter has its page, no link is broken, and in a browser search works and maths is drawn"
-import ast, functools, http.server, os, re, shutil, subprocess, sys, threading
+import ast, functools, html, http.server, os, re, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,12 +15,48 @@ NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(p.relative_to(NBS) for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
+CONTENTS = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+
 def sidebar_entries(contents):
     for o in contents: yield from [o] if isinstance(o, str) else [o['href']] if 'href' in o else sidebar_entries(o['contents'])
 
 def test_sidebar_has_every_notebook_once():
-    contents = yaml.safe_load((NBS/'sidebar.yml').read_text())['website']['sidebar']['contents']
-    assert sorted(sidebar_entries(contents)) == [p.as_posix() for p in NOTEBOOKS]
+    assert sorted(sidebar_entries(CONTENTS)) == [p.as_posix() for p in NOTEBOOKS]
+
+def test_book_has_one_order():
+    "A part is a folder, and the parts stand as the layers do; in a part, reference comes last"
+    parts = [o for o in CONTENTS if isinstance(o, dict)]
+    folders = [{e.partition('/')[0] for e in sidebar_entries(o['contents'])} for o in parts]
+    assert folders == [{o} for o in ('learning', 'rec', 'det', 'data', 'config', 'use', 'experiments')]
+    for o in parts:
+        sections = [i for i,e in enumerate(o['contents']) if isinstance(e, dict)]
+        assert sections in ([], [len(o['contents'])-1])
+
+
+def markdown(nb): return '\n\n'.join(c.source for c in read_nb(NBS/nb).cells if c.cell_type == 'markdown')
+
+def local_links(md):
+    "The links within the book that prose names, outside code"
+    prose = re.sub(r'^```.*?^```$|`[^`\n]+`', '', md, flags=re.M | re.S)
+    links = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', prose)
+    return [l for l in map(''.join, links) if not re.match(r'\w+:|#', l)]
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=str)
+def test_links_work_where_the_notebook_lies(nb):
+    "As Jupyter and GitHub follow them; the site's are tested on its pages"
+    links = local_links(markdown(nb))
+    assert not [l for l in links if l.partition('#')[0].endswith('.html')], 'a link to a chapter ends in .ipynb'
+    assert not [l for l in links if not (NBS/nb).parent.joinpath(unquote(l.partition('#')[0])).exists()]
+
+def test_first_chapter_maps_the_book_in_its_order():
+    "The end of chapter 0 leads into every part, in the order of the book"
+    order = list(sidebar_entries(CONTENTS))
+    first = next(e for e in order if '/' in e)
+    links = local_links(markdown(first).partition('## Where the book goes from here')[2])
+    named = [os.path.normpath(os.path.join(os.path.dirname(first), l.partition('#')[0])).replace(os.sep, '/') for l in links]
+    assert set(named) <= set(order)
+    parts = list(dict.fromkeys(n.partition('/')[0] for n in named))
+    assert parts == list(dict.fromkeys(e.partition('/')[0] for e in order if '/' in e))
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=str)
@@ -40,10 +76,10 @@ def test_imports_stand_in_cells_of_their_own(nb):
 
 class Page(HTMLParser):
     "The ids, links and files that a page names"
-    def __init__(self, html):
+    def __init__(self, text):
         super().__init__()
         self.ids,self.links,self.files = set(),[],[]
-        self.feed(html)
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
@@ -100,11 +136,15 @@ def test_every_public_name_is_documented_where_the_index_says(pages):
     assert not [s for s in public if (t := target('', syms[s]))[0] not in pages or t[1] not in pages[t[0]].ids]
 
 def test_readme_links_to_files_that_exist():
-    prose = re.sub(r'^```.*?^```$|`[^`\n]+`', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.M | re.S)
-    links = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', prose)
-    local = [l for l in map(''.join, links) if not re.match(r'\w+:|#', l)]
+    local = local_links((ROOT/'README.md').read_text(encoding='utf-8'))
     assert local
     assert not [l for l in local if not (ROOT/l.partition('#')[0]).exists()]
+
+def test_no_signature_stands_above_the_source_that_begins_with_it(site):
+    "`def f(` of an exported cell is on its page once"
+    text = (site/'learning/losses.html').read_text(encoding='utf-8')
+    text = html.unescape(re.sub(r'<[^>]+>', '', text))
+    assert len(re.findall(r'^\s*def kd\(', text, re.M)) == 1
 
 
 FLAGS = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -171,12 +211,20 @@ return {
     wide: all('main *').filter(e => box(e).right > box(main).right + 2 && !scrolls(e)).map(e => e.tagName + ' ' + e.textContent.slice(0, 80)),
 }'''
 
+WIDTHS = 1300, 400 # A laptop and a phone
+
 @pytest.fixture(scope='module')
 def looks(browser, url, pages):
+    "What is to be seen on each page; `wide` at each width"
+    def resize(width): browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=False))
     def look(name):
+        resize(WIDTHS[0])
         browser.get(url + name)
-        return browser.execute_script(LOOK)
-    return {name: look(name) for name in pages}
+        o = browser.execute_script(LOOK)
+        resize(WIDTHS[1])
+        return o | {'wide': [o['wide'], browser.execute_script(LOOK)['wide']], 'page': browser.execute_script('return document.documentElement.scrollWidth')}
+    yield {name: look(name) for name in pages}
+    browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
 
 def test_maths_is_drawn_and_links_are_links(looks):
     assert not {n: (o['flat'], o['fallen'], o['text']) for n,o in looks.items() if o['flat'] or o['fallen'] or o['text']}
@@ -186,4 +234,6 @@ def test_maths_is_drawn_and_links_are_links(looks):
 def test_pictures_load_and_nothing_comes_from_elsewhere(looks):
     assert not {n: (o['unseen'], o['foreign']) for n,o in looks.items() if o['unseen'] or o['foreign']}
 
-def test_nothing_sticks_out_of_the_page(looks): assert not {n: o['wide'] for n,o in looks.items() if o['wide']}
+def test_nothing_sticks_out_of_the_page(looks):
+    assert not {n: o['wide'] for n,o in looks.items() if any(o['wide'])}
+    assert not {n: o['page'] for n,o in looks.items() if o['page'] > WIDTHS[1]}

@@ -10,7 +10,7 @@ from distillbook.nets import Nets
 from distillbook.rec.render import normalise, render_words
 from distillbook.rec.decode import ctc_decode
 from distillbook.rec.labels import Alphabet
-from distillbook.rec.nets import RecNet, Sliced
+from distillbook.rec.nets import RecModel, Sliced
 from distillbook.det.nets import DetModel
 from distillbook.use.released import TEACHERS, teacher_file
 from distillbook.use.teachers import *
@@ -24,7 +24,7 @@ def test_recognisers_read(name):
     net,alphabet = load_teacher(name)
     with torch.no_grad(): y = net(X)
     assert y.shape[-1]==len(alphabet) and [t.strip() for t,_ in ctc_decode(y, alphabet)]==WORDS.words
-    assert isinstance(net, RecNet if TEACHERS[name].trains else OnnxNet) and not net.training
+    assert isinstance(net, RecModel if TEACHERS[name].trains else OnnxNet) and not net.training
     probs = ort.InferenceSession(teacher_file(name)).run(None, {'x': X.numpy()})[0]
     np.testing.assert_allclose(y.softmax(-1).numpy(), probs, atol=1e-5)
     letters = Alphabet('0123456789LIMTProngh')

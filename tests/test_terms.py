@@ -263,3 +263,32 @@ def test_a_function_that_is_for_training_only():
     alone = Terms(nets, Term(scaled, 'A'))
     alone.connect(xb, yb)
     assert alone(nets.eval()(*xb), *yb).isnan()
+
+# ---- which targets of a batch
+
+PICKED = [(['A'], [0,2], (1., 2., 3.), (A, 1., 3.)), (['A','B'], [1], (1., 2.), (A, B, 2.)), (['A'], [], (1., 2.), (A,)), (['A'], 1, (1., 2.), (A, 2.)), (['A'], (1,0), (1., 2.), (A, 2., 1.))]
+@pytest.mark.parametrize('addresses,targets,batch,want', PICKED)
+def test_targets_by_position(addresses, targets, batch, want):
+    got = []
+    Term(lambda *args: got.extend(args), *addresses, targets=targets)(*(A,B)[:len(addresses)], targets=batch)
+    assert len(got)==len(want) and all(g is w for g,w in zip(got, want))
+
+def test_positions_go_before_the_keyword_called_targets():
+    assert float(Term(lambda a,b,targets: a[targets].sum(), 'A', 'B', targets=[1])(A, B, targets=(None,Y)))==3.
+
+@pytest.mark.parametrize('bad', ('0', ['label'], [-1], [True], [0.], {0: 1}, [[0]]))
+def test_positions_that_are_none(bad):
+    with pytest.raises(UserError, match='positions counted from 0'): Term(f, 'A', targets=bad)
+
+@pytest.mark.parametrize('n', (0, 1, 2))
+def test_a_position_that_the_batch_does_not_have(n, xy):
+    x,y = xy
+    with pytest.raises(UserError, match=rf'the batch has {n}$') as e: connected(two(), x, (y,)*n, Term(F.cross_entropy, 'Student', targets=[2]))
+    assert "'cross_entropy_Student'" in str(e.value) and '[2]' in str(e.value)
+
+def test_a_term_trains_on_the_targets_it_chose(xy):
+    x,y = xy
+    nets = two()
+    loss = connected(nets, x, ('no label', y), Term(F.cross_entropy, 'Student', targets=[1]))
+    outs = nets(x)
+    torch.testing.assert_close(loss(outs, 'no label', y), F.cross_entropy(outs['Student'], y))

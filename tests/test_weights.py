@@ -277,7 +277,7 @@ def test_misfit(real, tmp_path, what):
     path = changed(real, tmp_path/'m.onnx', change)
     net = ppocrv3_rec()
     before = {k: v.clone() for k,v in net.state_dict().items()}
-    fails(lambda: load_onnx(net, path), 'm.onnx does not fit RecNet', *contains)
+    fails(lambda: load_onnx(net, path), 'm.onnx does not fit RecModel', *contains)
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
     if what in ('one more layer', 'another kind'): assert isinstance(load_teacher(path)[0], OnnxNet) # A network of another kind may still be asked
     else: fails(lambda: load_teacher(path), 'm.onnx')
@@ -390,7 +390,7 @@ def test_detectors_that_do_not_fit(detector, real, tmp_path):
     name,path = detector
     other = next(make for k,(make,*_) in DETECTORS.items() if k!=name)
     fails(lambda: load_onnx(other(), path), 'does not fit DetModel', 'Conv2d layers in the file')
-    fails(lambda: load_onnx(ppocrv3_rec(), path), 'does not fit RecNet', '2 ConvTranspose2d layers in the file, 0 in the net')
+    fails(lambda: load_onnx(ppocrv3_rec(), path), 'does not fit RecModel', '2 ConvTranspose2d layers in the file, 0 in the net')
     fails(lambda: load_onnx(other(), real), 'does not fit DetModel', '0 ConvTranspose2d layers in the file, 2 in the net')
     whole = DETECTORS[name][0]()
     whole.head = DBHead(whole.neck.out_channels)
@@ -416,9 +416,9 @@ def test_layers_in_rounds():
     net.first,(net.a,net.b,net.c) = nn.Conv2d(1, 1, 1),lists(3, 2, 0)
     net.last = nn.Module()
     net.last.x,(net.last.l,),net.last.y = nn.Conv2d(1, 1, 1),lists(2),nn.Conv2d(1, 1, 1)
-    assert [p for p,m in as_made(net) if isinstance(m, nn.Conv2d)]==['first', 'a.0', 'a.1', 'b.0', 'a.2', 'b.1', 'last.x', 'last.l.0', 'last.l.1', 'last.y']
+    assert [p for p,m in creation_order(net) if isinstance(m, nn.Conv2d)]==['first', 'a.0', 'a.1', 'b.0', 'a.2', 'b.1', 'last.x', 'last.l.0', 'last.l.1', 'last.y']
     seq = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)))
-    assert list(as_made(seq))==list(seq.named_modules())
+    assert list(creation_order(seq))==list(seq.named_modules())
 
 
 # Paddle's own files. golden/tiny_* were written by paddle.save (bigslices by hand), tiny_forward holds what the nets gave there

@@ -1,14 +1,15 @@
 "Weights of every kind of file in and out: prefixes, strictness, runs, a student into the plain configuration"
-import json, os, pickle
+import json, os, pickle, subprocess, sys
 from collections import OrderedDict
 from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from distillbook.checkpoint import save_file
-from distillbook.config.files import build_model, load_config
+from distillbook.config import build_model, load_config
 from distillbook.core import UserError
+from distillbook.det.nets import DBHead, ppocrv3_det, server_det
 from distillbook.nets import Nets
-from distillbook.config.paddle import load_into
+from distillbook.config.networks import load_into
 from distillbook.rec.nets import PlainStudent
 from distillbook.use.weights import *
 
@@ -166,3 +167,75 @@ def test_other_files_of_paddles():
 def test_load_into_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match='fetch the file first'): load_into(net(), 'https://example.com/a.pdparams')
     with pytest.raises(UserError, match='to do without'): load_into(net(), tmp_path/'none')
+
+# Checkpoints without frozen networks
+
+@pytest.fixture
+def run(tmp_path):
+    "A run's checkpoint: a student, and of its frozen teacher the hash"
+    m = model('Teacher', 'Student')
+    state = {k: v for k,v in m.state_dict().items() if k.startswith('Student.')}
+    save_file(dict(model=state, frozen=dict(Teacher='0123abcd'), epoch=3), tmp_path/'latest.pth')
+    return m
+
+FROZEN = 'Teacher was frozen in that run, so the file has only its hash; its weights are where they came from'
+
+def test_a_frozen_network_may_be_absent(run, tmp_path):
+    other = Nets(dict(Teacher=net(7), Student=net(8)), frozen=['Teacher'])
+    fit = load_weights(other, tmp_path)
+    assert not any(fit[1:]) and same(run['Student'], other['Student'])==[] and same(net(7), other['Teacher'])==[]
+    load_weights(alone := net(9), tmp_path)
+    assert same(run['Student'], alone)==[]
+    load_weights(alone := net(9), tmp_path, net='Student')
+    assert same(run['Student'], alone)==[]
+
+def test_a_network_that_was_not_frozen_may_not_be_absent(run, tmp_path):
+    other = model('Teacher', 'Student', 'Third')
+    before = model('Teacher', 'Student', 'Third')
+    with pytest.raises(UserError, match=r'Third\..*not in the file') as e: load_weights(other, tmp_path)
+    assert 'Teacher.' not in str(e.value) and same(before, other)==[]
+
+def test_only_a_hash_of_the_frozen(run, tmp_path):
+    for ask in (lambda: extract(tmp_path, 'Teacher'), lambda: load_weights(net(), tmp_path, net='Teacher'), lambda: load_weights(model('Teacher', 'Student'), tmp_path, net='Teacher')):
+        with pytest.raises(UserError, match=FROZEN): ask()
+    assert extract(tmp_path, 'Student').keys()==net().state_dict().keys()
+    with pytest.raises(UserError, match="no net 'Studnet'; did you mean 'Student'"): extract(tmp_path, 'Studnet')
+
+def test_the_frozen_of_a_best_network(tmp_path):
+    "The best file holds one network; the last has no more of the teacher. In a run of old the last has it"
+    m = model('Teacher', 'Student')
+    student = {k: v for k,v in m.state_dict().items() if k.startswith('Student.')}
+    save_file(dict(model=m['Student'].state_dict(), net='Student', frozen=dict(Teacher='01')), tmp_path/'best.pth')
+    save_file(dict(model=student, frozen=dict(Teacher='01')), tmp_path/'last.pth')
+    with pytest.raises(UserError, match=FROZEN): extract(tmp_path, 'Teacher')
+    save_file(dict(model=m.state_dict()), tmp_path/'last.pth')
+    assert extract(tmp_path, 'Teacher').keys()==net().state_dict().keys()
+    save_file(dict(model={}, net='Teacher', frozen=dict(Teacher='01')), tmp_path/'best.pth')
+    with pytest.raises(UserError, match=FROZEN): extract(tmp_path/'best.pth', 'Teacher')
+
+@pytest.mark.parametrize('url', ['https://example.com/a.pdparams', 'http://example.com/a'])
+def test_a_url_is_no_file(url):
+    with pytest.raises(UserError, match='fetch the file first, and give its path'): load_weights(net(), url)
+
+def test_a_released_detector_with_a_threshold_branch():
+    det = ppocrv3_det()
+    det.head = DBHead(det.neck.out_channels)
+    fit = load_weights(det, 'PP-OCRv3_det')
+    p,t = det.head.binarize,det.head.thresh
+    assert not any(fit[1:]) and torch.equal(p.conv1.weight, t.conv1.weight) and torch.equal(p.conv_bn2.running_var, t.conv_bn2.running_var)
+    assert p.conv1.weight is not t.conv1.weight and not torch.equal(p.conv3.weight, t.conv3.weight)
+    assert list(det.state_dict())==list(ppocrv3_det().state_dict())+[f'head.thresh.{k}' for k in t.state_dict()]
+
+def test_a_released_detector_that_does_not_fit_leaves_the_branch():
+    det = server_det()
+    det.head = DBHead(det.neck.out_channels)
+    before = {k: v.clone() for k,v in det.state_dict().items()}
+    with pytest.raises(UserError, match='does not fit DetModel'): load_weights(det, 'PP-OCRv3_det')
+    assert before.keys()==det.state_dict().keys() and all(torch.equal(v, before[k]) for k,v in det.state_dict().items())
+
+def test_light_imports():
+    "No ONNX and no OpenCV until a file needs them"
+    heavy = "[m for m in ('onnx','onnxruntime','cv2') if m in sys.modules]"
+    for module in ('released', 'weights'):
+        r = subprocess.run([sys.executable, '-c', f'import sys, distillbook.use.{module}; print({heavy})'], capture_output=True, text=True)
+        assert r.returncode==0 and r.stdout.strip()=='[]', (module, r.stdout, r.stderr[-300:])

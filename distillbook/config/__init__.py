@@ -1,4 +1,4 @@
-"""What `distillbook.config` gives.
+"""A YAML file says what a run is. What `distillbook.config` offers, at a glance.
 
 Docs: https://distillbook.github.io/distillbook/config/config.html.md"""
 
@@ -7,15 +7,22 @@ Docs: https://distillbook.github.io/distillbook/config/config.html.md"""
 # %% auto #0
 __all__ = ['HOMES']
 
-# %% ../../nbs/config/00_config.ipynb #aaaaaaa2
+# %% ../../nbs/config/00_config.ipynb #c0f19003
 from importlib import import_module
 
 HOMES = dict(
-    files='load_config save_config line_of parsed of_paddle defaults checked'.split(),
-    paddle='Config build_model build_loss build_decoder build_metric build_dls build_dl DistillationModel check'.split())
+    files='load_config save_config find_config check'.split(),
+    networks='build_model build_network DistillationModel characters task net_names'.split(),
+    losses='build_loss build_terms'.split(),
+    evaluation='build_decoder build_metric'.split(),
+    data='build_dls build_dl build_set build_evals'.split(),
+    optimizer='build_optimizer lr_schedule'.split(),
+    experiment='experiment outline ready_networks build_learner'.split())
+
+# %% ../../nbs/config/00_config.ipynb #c0f19005
+__all__ = [name for names in HOMES.values() for name in names]
 
 def __getattr__(name):
-    home = next((k for k,v in HOMES.items() if name in v), None)
-    if home is None and name=='build_learner': return import_module('distillbook.use.training').build_learner
+    home = next((k for k,names in HOMES.items() if name in names), None)
     if home is None: raise AttributeError(f"module 'distillbook.config' has no attribute {name!r}")
     return getattr(import_module(f'distillbook.config.{home}'), name)

@@ -6,14 +6,15 @@ Docs: https://distillbook.github.io/distillbook/det/render.html.md"""
 
 # %% auto #0
 __all__ = ['TEXTURES', 'smooth', 'clouds', 'gradient', 'stripes', 'paper', 'blobs', 'strokes', 'texture', 'show_page',
-           'small_word', 'placing', 'corners', 'are_apart', 'ink_colour', 'write_word', 'render_page', 'find_place',
-           'write_pages']
+           'small_word', 'placement', 'placed_corners', 'are_apart', 'ink_colour', 'write_word', 'render_page',
+           'photograph', 'place_word', 'page_label', 'write_pages', 'RenderedPages']
 
 # %% ../../nbs/det/00_render.ipynb #ec350788
 import cv2, json, math
 import matplotlib.pyplot as plt
 import numpy as np
 from pathlib import Path
+from fastcore.basics import patch
 from ..core import UserError, unknown, write_beside
 from ..data.render import draw_line, font_files, make_words
 
@@ -23,12 +24,15 @@ def smooth(
     rows:int, cols:int, # Of the coarse grid
 )->np.ndarray: # float32 [height,width]
     "Random numbers from -1 to 1 on a coarse grid, stretched over the page"
-    return cv2.resize(rng.uniform(-1, 1, (rows, cols)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    grid = rng.uniform(-1, 1, (rows, cols)).astype(np.float32)
+    return cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
 
 def clouds(rng, height, width):
     "Smooth noise at four scales"
-    return sum(smooth(rng, height, width, *[max(2, n*2**k//96) for n in (height, width)])*.6**k for k in range(1, 5))
+    def scale(k): return smooth(rng, height, width, max(2, height*2**k//96), max(2, width*2**k//96))
+    return sum(scale(k)*.6**k for k in range(1, 5))
 
+# %% ../../nbs/det/00_render.ipynb #35a5827a
 def gradient(rng, height, width):
     "Light from one side, with a bright spot"
     y,x = np.mgrid[:height,:width].astype(np.float32)/max(height, width)
@@ -45,7 +49,8 @@ def stripes(rng, height, width):
 
 def paper(rng, height, width):
     "Fibres along and across, and the lines of a notebook"
-    fibres = smooth(rng, height, width, height//2, max(2, width//24)) + smooth(rng, height, width, max(2, height//24), width//2)
+    fibres = smooth(rng, height, width, height//2, max(2, width//24))
+    fibres += smooth(rng, height, width, max(2, height//24), width//2)
     period = int(rng.integers(14, 40))
     fibres[int(rng.integers(period))::period] -= 1
     return .5*fibres
@@ -55,7 +60,8 @@ def blobs(rng, height, width):
     "Ellipses over one another, each of an even grey"
     field = np.zeros((height, width), np.float32)
     for _ in range(max(4, height*width//3000)):
-        centre,axes = [int(rng.integers(n)) for n in (width, height)],[int(o) for o in rng.integers(4, 40, 2)]
+        centre = int(rng.integers(width)),int(rng.integers(height))
+        axes = rng.integers(4, 40, 2).tolist()
         cv2.ellipse(field, centre, axes, float(rng.uniform(0, 180)), 0, 360, float(rng.uniform(-1, 1)), -1)
     return field
 
@@ -63,12 +69,14 @@ def strokes(rng, height, width):
     "Arcs and short lines, alone and in bunches"
     field = np.zeros((height, width), np.uint8)
     for _ in range(max(1, height*width//5000)):
-        x,y,size = rng.uniform(0, width),rng.uniform(0, height),rng.uniform(4, 14)
+        x,y = rng.uniform(0, width),rng.uniform(0, height)
+        size = rng.uniform(4, 14)
         for _ in range(rng.integers(1, 6)):
             x,y = x+rng.uniform(.5, 2)*size,y+rng.normal(0, .3)*size
             axes = [int(max(1, o*size)) for o in rng.uniform(.1, .9, 2)]
-            start = float(rng.uniform(0, 360))
-            cv2.ellipse(field, (int(x), int(y)), axes, float(rng.uniform(0, 180)), start, start+float(rng.uniform(40, 260)), 255, int(rng.integers(1, 3)), cv2.LINE_AA)
+            start,turned,sweep = rng.uniform((0, 0, 40), (360, 180, 260)).tolist()
+            thick = int(rng.integers(1, 3))
+            cv2.ellipse(field, (int(x), int(y)), axes, turned, start, start+sweep, 255, thick, cv2.LINE_AA)
     return field.astype(np.float32)/255*rng.choice([-1, 1])
 
 # %% ../../nbs/det/00_render.ipynb #be48d741
@@ -112,23 +120,24 @@ def small_word(
 )->np.ndarray: # Ink, uint8 [h,w]
     "A word cut to its ink, at the size wanted"
     ink = draw_line(text, font, spacing)
-    ys,xs = [np.flatnonzero(ink.max(a)) for a in (1, 0)]
+    ys,xs = np.flatnonzero(ink.max(1)),np.flatnonzero(ink.max(0))
     if not len(xs): raise UserError(f"the word {text!r} has no ink in {Path(font).name}")
     ink = ink[ys[0]:ys[-1]+1, xs[0]:xs[-1]+1]
     h,w = [max(1, round(n*size/40)) for n in ink.shape]
     return cv2.resize(ink, (w, h), interpolation=cv2.INTER_AREA)
 
-def placing(
+def placement(
     h:int, w:int, # Of the small picture
     x:float, y:float, # Where its centre goes
     angle:float, # Degrees, clockwise on the screen
 )->np.ndarray: # [2,3]
     "The matrix that turns a small picture and takes it to its place"
-    c,s = math.cos(math.radians(angle)),math.sin(math.radians(angle))
+    a = math.radians(angle)
+    c,s = math.cos(a),math.sin(a)
     cx,cy = (w-1)/2,(h-1)/2
     return np.array([[c, -s, x-c*cx+s*cy], [s, c, y-s*cx-c*cy]])
 
-def corners(h, w, M):
+def placed_corners(h, w, M):
     "Where a matrix takes the corners of a small picture, clockwise from its top left"
     return np.array([[-.5, -.5], [w-.5, -.5], [w-.5, h-.5], [-.5, h-.5]]) @ M[:,:2].T + M[:,2]
 
@@ -140,7 +149,8 @@ def are_apart(
     "Whether two convex polygons do not touch"
     for p in (a, b):
         edges = np.roll(p, -1, 0)-p
-        normals = np.stack([edges[:,1], -edges[:,0]], 1) / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-9)
+        lengths = np.linalg.norm(edges, axis=1, keepdims=True)
+        normals = np.stack([edges[:,1], -edges[:,0]], 1) / np.maximum(lengths, 1e-9)
         pa,pb = a@normals.T,b@normals.T
         if (np.maximum(pa.min(0)-pb.max(0), pb.min(0)-pa.max(0)) > gap).any(): return True
     return False
@@ -158,13 +168,14 @@ def ink_colour(
 
 def write_word(
     page:np.ndarray, # float32 [h,w,3], written into
-    ink:np.ndarray, M:np.ndarray, # See `small_word`, `placing`
+    ink:np.ndarray, M:np.ndarray, # See `small_word`, `placement`
     rng:np.random.Generator, contrast:tuple,
     blur:float=0., # Standard deviation, pixels
 ):
     "Put a word on the page"
     layer = cv2.warpAffine(ink, M, page.shape[1::-1]).astype(np.float32)/255
-    colour = ink_colour(rng, (page*layer[...,None]).sum((0,1))/max(layer.sum(), 1e-6), contrast)
+    under = (page*layer[...,None]).sum((0,1))/max(layer.sum(), 1e-6)
+    colour = ink_colour(rng, under, contrast)
     if blur: layer = cv2.GaussianBlur(layer, (0,0), blur)
     page += layer[...,None]*(colour.astype(np.float32)-page)
 
@@ -183,32 +194,46 @@ def render_page(
     "Words on a textured page, and where they are"
     if not len(words) or not len(fonts): raise UserError("a page needs words and fonts to choose from")
     if min(height, width)<32: raise UserError(f"a page must be at least 32 x 32 pixels, not {height} x {width}")
-    if words_max<1 or min(size)<=0: raise UserError(f"a page needs room for a word and sizes above 0, not words_max={words_max} and size={tuple(size)}")
-    page,lean,polys,texts = texture(rng, height, width, kind),rng.uniform(-tilt, tilt),[],[]
+    if words_max<1 or min(size)<=0:
+        raise UserError(f"a page needs room for a word and sizes above 0, not {words_max=} and size={tuple(size)}")
+    page,lean = texture(rng, height, width, kind),rng.uniform(-tilt, tilt)
+    polys,texts = [],[]
     for _ in range(rng.integers(1, words_max+1)):
         text,em = words[rng.integers(len(words))],math.exp(rng.uniform(*np.log(size)))
         ink = small_word(text, fonts[rng.integers(len(fonts))], em, rng.uniform(-1, 4))
-        found = find_place(rng, ink.shape, height, width, lean+rng.normal(0, 4), polys, 2+.15*em)
-        if found is None: continue
-        M,poly = found
+        placed = place_word(rng, ink.shape, height, width, lean+rng.normal(0, 4), polys, 2+.15*em)
+        if placed is None: continue
+        M,poly = placed
         hide = rng.random()<illegible
         write_word(page, ink, M, rng, contrast, blur=.2*em if hide else 0)
         polys.append(poly)
         texts.append('###' if hide else text)
+    return photograph(rng, page),np.array(polys, np.float32).reshape(-1, 4, 2),texts
+
+def photograph(rng, page):
+    "A little blur, perhaps, and noise; then whole grey levels"
     sigma,noise = rng.uniform(0, 1.),rng.uniform(2, 12)
     if sigma>.3: page = cv2.GaussianBlur(page, (0,0), sigma)
     page += noise*rng.standard_normal(page.shape[:2], dtype=np.float32)[...,None]
-    return np.clip(page, 0, 255).astype(np.uint8),np.array(polys, np.float32).reshape(-1, 4, 2),texts
+    return np.clip(page, 0, 255).astype(np.uint8)
 
-def find_place(rng, shape, height, width, angle, taken, gap, tries=30):
-    "A matrix and the corners that it gives, inside the page and apart from those `taken`; None if the tries are used up"
+# %% ../../nbs/det/00_render.ipynb #a2e3a4d5
+def place_word(rng, shape, height, width, angle, taken, gap, tries=30):
+    "A matrix and the corners that it gives, inside the page and apart from those `taken`; or None"
     for _ in range(tries):
-        M = placing(*shape, rng.uniform(0, width), rng.uniform(0, height), angle)
-        p = corners(*shape, M)
+        M = placement(*shape, rng.uniform(0, width), rng.uniform(0, height), angle)
+        p = placed_corners(*shape, M)
         if (p<1).any() or (p>[width-2, height-2]).any(): continue
         if all(are_apart(p, o, gap) for o in taken): return M,p
 
 # %% ../../nbs/det/00_render.ipynb #1629441b
+def page_label(
+    polys, texts, # See `render_page`
+)->str: # As in a label file, to a hundredth of a pixel
+    "The words of a page as PaddleOCR's JSON"
+    points = [np.asarray(p, float).round(2).tolist() for p in polys]
+    return json.dumps([dict(transcription=t, points=p) for t,p in zip(texts, points)])
+
 def write_pages(
     folder, # Made if it is missing; gets `images/` and `label.txt`
     n:int, # How many pages
@@ -219,14 +244,55 @@ def write_pages(
 )->Path: # The label file
     "Pages in PaddleOCR's layout; the `i`th depends on the seed, on `i` and on what it is made from"
     folder,lines = Path(folder),[]
-    words,fonts = make_words(2000) if words is None else words,font_files('dejavu') if fonts is None else fonts
+    if words is None: words = make_words(2000)
+    if fonts is None: fonts = font_files('dejavu')
     try:
         for i in range(n):
             image,polys,texts = render_page(np.random.default_rng([seed, i]), height, width, words, fonts, **kwargs)
             name = f'images/{i:05}.png'
             with write_beside(folder/name) as tmp: tmp.write_bytes(cv2.imencode('.png', image)[1].tobytes())
-            marks = [dict(transcription=t, points=[[round(float(v), 2) for v in xy] for xy in p]) for p,t in zip(polys, texts)]
-            lines.append(f'{name}\t{json.dumps(marks)}\n')
+            lines.append(f'{name}\t{page_label(polys, texts)}\n')
         with write_beside(folder/'label.txt') as tmp: tmp.write_text(''.join(lines), encoding='utf-8')
     except OSError as e: raise UserError(f"{e.filename or folder} could not be written: {e.strerror or e}") from None
     return folder/'label.txt'
+
+# %% ../../nbs/det/00_render.ipynb #98e73288
+class RenderedPages:
+    "Rendered pages as a source: page `i` is drawn when it is read"
+    def __init__(self,
+        pages:int=200, # How many
+        fonts='dejavu', # Family, see `font_files`, or a list of font files
+        seed:int=0,
+        skip:int=0, # Begin with this page of the seed: what another source has not shown
+        height:int=480, width:int=640, # Of each page, pixels
+        words_max:int=24, # At most so many words a page
+    ):
+        least = dict(pages=1, seed=0, skip=0, height=32, width=32, words_max=1)
+        for k,v in zip(least, (pages, seed, skip, height, width, words_max)):
+            if isinstance(v, bool) or not isinstance(v, int) or v<least[k]:
+                raise UserError(f"{k}: a whole number from {least[k]} is wanted, not {v!r}")
+        self.fonts = font_files(fonts) if isinstance(fonts, str) else list(fonts)
+        if not self.fonts: raise UserError("fonts: the list is empty")
+        self.pages,self.words_max = pages,words_max
+        self.seed,self.skip = seed,skip
+        self.size = height,width
+        self.words = make_words(2000)
+    def __len__(self): return self.pages
+    def __getitem__(self, i): return self.read(i)
+    def fingerprint(self): # What the pages depend on
+        return repr((self.pages, self.seed, self.skip, self.size, self.words_max, [Path(o).name for o in self.fonts]))
+
+# %% ../../nbs/det/00_render.ipynb #39dc2616
+@patch
+def read(self:RenderedPages,
+    i:int, # Of the pages, from 0
+    rng=None, # Not used: a page is the same in every epoch
+    picture:bool=True, # With its picture?
+)->dict: # where, path (a name, there is no file), label, see `page_label`, and image, BGR uint8 [h,w,3]
+    "Draw a page"
+    if not 0<=i<self.pages: raise IndexError(f"page {i} of {self.pages}")
+    name = f'page {self.skip+i} of seed {self.seed}'
+    source = np.random.default_rng([self.seed, self.skip+i])
+    image,polys,texts = render_page(source, *self.size, self.words, self.fonts, self.words_max)
+    sample = dict(where=f'RenderedPages: {name}', path=name, label=page_label(polys, texts))
+    return {**sample, 'image': image} if picture else sample

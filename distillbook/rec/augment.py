@@ -14,18 +14,18 @@ import cv2, numpy as np
 
 # %% ../../nbs/rec/02_augment.ipynb #3f5dd342
 def mls(
-    at, # Places in the new picture, complex x+iy, in pixels
+    places, # In the new picture, complex x+iy, in pixels
     src, # Control points in the old picture, complex, at least two different ones
     dst, # Where they have gone, complex, in the same order
 )->np.ndarray: # Where in the old picture each place comes from, complex [number of places]
     "Moving least squares with turns, scales and shifts"
-    at,src,dst = (np.ravel(o) for o in (at, src, dst))
-    w = 1/np.maximum(abs(at[:,None]-dst)**2, 1e-8)
+    places,src,dst = (np.ravel(o) for o in (places, src, dst))
+    w = 1/np.maximum(abs(places[:,None]-dst)**2, 1e-8)
     w /= w.sum(1, keepdims=True)
     p,q = (w*dst).sum(1),(w*src).sum(1)
     ph,qh = dst-p[:,None],src-q[:,None]
     a = (w*ph.conj()*qh).sum(1) / (w*abs(ph)**2).sum(1)
-    return q + a*(at-p)
+    return q + a*(places-p)
 
 # %% ../../nbs/rec/02_augment.ipynb #99e8521e
 def knots(n, grid):
@@ -44,8 +44,8 @@ def flow(
     grid:int=100, # Pixels from knot to knot
 )->np.ndarray: # Where each pixel comes from, complex [h,w]
     "The field of a bent picture"
-    at = knots(w, grid) + 1j*knots(h, grid)[:,None]
-    shift = mls(at, src, dst).reshape(at.shape) - at
+    places = knots(w, grid) + 1j*knots(h, grid)[:,None]
+    shift = mls(places, src, dst).reshape(places.shape) - places
     rows = np.einsum('yx,xw->yw', shift, hats(w, grid))
     return np.einsum('yw,yh->hw', rows, hats(h, grid)) + np.arange(w) + 1j*np.arange(h)[:,None]
 
@@ -55,7 +55,8 @@ def warp(
 )->np.ndarray: # Of the same shape; what comes from outside has the colour of the nearest edge
     "Bend a picture so that the control points `src` go to `dst`"
     f = flow(*im.shape[:2], src, dst, grid)
-    return cv2.remap(im, f.real.astype(np.float32), f.imag.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    x,y = f.real.astype(np.float32),f.imag.astype(np.float32)
+    return cv2.remap(im, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/rec/02_augment.ipynb #9c131952
 def handles(
@@ -217,20 +218,22 @@ class RecConAug:
     "PaddleOCR's RecConAug: further lines joined to the right"
     def __init__(self,
         prob:float=.5, # Of joining
-        image_shape=(32,320,3), # Height, and greatest width at this height; the third number is not looked at
+        image_shape:list=(32,320,3), # Height, and greatest width at this height; the third number is not looked at
         max_text_length:int=25, # Of the joined label, characters
         ext_data_num:int=1, # Further lines that the data set draws for each
     ):
         self.prob,self.height,self.ratio = prob,image_shape[0],image_shape[1]/image_shape[0]
         self.max_text_length,self.ext_data_num = max_text_length,ext_data_num
+
     def __call__(self,
         sample:dict, # With 'image', 'label', and 'ext_data', a list of dicts with 'image' and 'label'
         rng:np.random.Generator,
     )->dict: # With 'image' and 'label' joined, without 'ext_data'; `sample` is as it was
         out = {k: v for k,v in sample.items() if k!='ext_data'}
         if rng.random() >= self.prob: return out
-        for o in sample.get('ext_data', ()):
-            ims,label = (out['image'], o['image']),out['label']+o['label']
-            if len(label) > self.max_text_length or sum(im.shape[1]/im.shape[0] for im in ims) > self.ratio: break
+        for other in sample.get('ext_data', ()):
+            ims,label = (out['image'], other['image']),out['label']+other['label']
+            ratio = sum(im.shape[1]/im.shape[0] for im in ims)
+            if len(label) > self.max_text_length or ratio > self.ratio: break
             out |= dict(image=np.concatenate([at_height(im, self.height) for im in ims], axis=1), label=label)
         return out

@@ -20,15 +20,19 @@ from ..core import UserError
 class Alphabet:
     "The characters that a recogniser can write: class 0 is the CTC blank, class `i+1` is `chars[i]`"
     def __init__(self,
-        chars, # The characters in the order of their classes: a string, or a list of strings; `UserError` if one of them is empty
+        chars, # In the order of their classes, a string or a list of strings; `UserError` if one is empty
     ):
         self.chars = list(chars)
         if not self.chars: raise UserError('an alphabet without characters')
-        if '' in self.chars: raise UserError(f"class {self.chars.index('')+1} of the alphabet (line {self.chars.index('')+1} of its file) is empty")
+        if '' in self.chars:
+            n = self.chars.index('')+1
+            raise UserError(f"class {n} of the alphabet (line {n} of its file) is empty")
         self._class = {c:i for i,c in enumerate(self.chars, 1)}
     def __len__(self): return len(self.chars) + 1
     def __contains__(self, c): return c in self._class
-    def __repr__(self): return f"Alphabet({len(self)} classes: blank + {''.join(self.chars[:20])}{'...' if len(self)>21 else ''})"
+    def __repr__(self):
+        first = ''.join(self.chars[:20])
+        return f"Alphabet({len(self)} classes: blank + {first}{'...' if len(self)>21 else ''})"
 
 # %% ../../nbs/rec/00_labels.ipynb #3ba74d61
 @patch
@@ -68,16 +72,20 @@ def from_file(cls:Alphabet,
     return cls(read_characters(path, use_space_char))
 
 # %% ../../nbs/rec/00_labels.ipynb #bde958bb
-@patch(cls_method=True)
-def from_onnx(cls:Alphabet,
-    path, # An ONNX recogniser with the metadata key `character`; `UserError` if the file, the key or the number of classes is wrong
-)->Alphabet: # As many classes as the model's output has
-    "The alphabet that an ONNX recogniser carries"
+def _onnx_file(path):
+    "An ONNX file without the weights that lie beside it"
     import onnx
     from google.protobuf.message import DecodeError
-    try: model = onnx.load(path, load_external_data=False)
+    try: return onnx.load(path, load_external_data=False)
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
     except DecodeError: raise UserError(f"{path}: not an ONNX file, or only a part of one") from None
+
+@patch(cls_method=True)
+def from_onnx(cls:Alphabet,
+    path, # An ONNX recogniser with the metadata key `character`; `UserError` if it does not hold together
+)->Alphabet: # As many classes as the model's output has
+    "The alphabet that an ONNX recogniser carries"
+    model = _onnx_file(path)
     chars = {p.key:p.value for p in model.metadata_props}.get('character')
     if chars is None: raise UserError(f"{path}: holds no alphabet (metadata key 'character')")
     chars,n = chars.split('\n'), model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
@@ -92,7 +100,9 @@ def columns_in(self:Alphabet,
 )->torch.LongTensor: # `len(self)` columns, the blank's first; `UserError` names the characters that `other` lacks
     "Where the classes of this alphabet stand among the classes of `other`"
     lacks = [c for c in self.chars if c not in other]
-    if lacks: raise UserError(f"the other alphabet lacks {len(lacks)} of these characters: {''.join(lacks[:20])}{'...' if len(lacks)>20 else ''}")
+    if lacks:
+        shown = ''.join(lacks[:20]) + ('...' if len(lacks)>20 else '')
+        raise UserError(f"the other alphabet lacks {len(lacks)} of these characters: {shown}")
     return torch.tensor([0] + other.encode(self.chars))
 
 # %% ../../nbs/rec/00_labels.ipynb #7a945469
@@ -164,7 +174,7 @@ def ctc_label(
     alphabet:Alphabet, # Gives the classes
     max_len:int, # Length of the padded row
     lower:bool=False, # Turn it into small letters first? As PaddleOCR does where there is no dictionary
-)->tuple: # Classes [max_len] int64, padded with 0, and how many of them are characters; `UserError` says why a label is refused
+)->tuple: # Classes [max_len] int64, padded with 0, and how many are characters; `UserError`: why a label is refused
     "A label for CTC as PaddleOCR makes it: characters that the alphabet lacks are dropped"
     ids = _teachable(text, alphabet, max_len, lower, 0)
     return _row(ids, max_len, 0), len(ids)
@@ -180,7 +190,9 @@ class SARClasses:
         self.unknown,self.start,self.pad = n,n+1,n+2
         self.names = self.alphabet.chars + ['<UKN>','<BOS/EOS>','<PAD>']
     def __len__(self): return len(self.names)
-    def __repr__(self): return f"SARClasses({len(self)} classes: {len(self)-3} characters, unknown {self.unknown}, begin/end {self.start}, padding {self.pad})"
+    def __repr__(self):
+        signs = f'unknown {self.unknown}, begin/end {self.start}, padding {self.pad}'
+        return f'SARClasses({len(self)} classes: {len(self)-3} characters, {signs})'
     def decode(self,
         ids, # Class numbers of one row; a begin sign in the first place is passed over
     )->str: # The text up to the end sign, without padding; unknown is written `<UKN>`

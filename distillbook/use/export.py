@@ -45,6 +45,7 @@ def inference_net(
     if hasattr(net, 'return_all_feats'): net.return_all_feats = False
     if isinstance(net, RecModel):
         if isinstance(net.head, SARHead): raise UserError("a network whose only head is SAR reads its own letters one by one, and is not exported; distil it into one with a CTC head")
+        net.probs = True
         if hasattr(net.head, 'sar_head'): net.head.sar_head = None
         return Inference(net, None).eval()
     if isinstance(net, DetModel):

@@ -21,7 +21,7 @@ from .export import inference_net, open_onnx
 from ..rec.decode import ctc_decode
 from ..rec.labels import Alphabet
 from .released import teacher_file
-from ..data.sets import decode, read_picture
+from ..data.pictures import decode, read_picture
 from ..data.render import font_files
 
 # %% ../../nbs/use/07_ocr.ipynb #31740018

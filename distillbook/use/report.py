@@ -1,4 +1,4 @@
-"""What a configuration is before it has run, a rate to run it with, data to run it on, and runs side by side when they are over.
+"""What an experiment is before it has run, a rate to run it with, data to run it on, and runs side by side when they are over.
 
 Docs: https://distillbook.github.io/distillbook/use/report.html.md"""
 
@@ -6,84 +6,63 @@ Docs: https://distillbook.github.io/distillbook/use/report.html.md"""
 
 # %% auto #0
 __all__ = ['LABELS', 'macs', 'learners', 'Setup', 'setup', 'summary', 'draw_summary', 'Rates', 'lr_find', 'render_rec',
-           'render_det', 'Run', 'read_run', 'compare', 'plot_compare', 'Report', 'logging_cbs']
+           'render_det', 'PastRun', 'read_run', 'compare', 'plot_compare', 'Report', 'tracker_cbs']
 
-# %% ../../nbs/use/04_report.ipynb #1af51d50
-import copy, csv, json, math, re, tempfile
+# %% ../../nbs/use/04_report.ipynb #5e2456d4
+import copy, math, re, tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, yaml
+import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.basics import Callback, get_model
 from fastai.callback.schedule import minimum, steep, valley
+
+# %% ../../nbs/use/04_report.ipynb #b7cdd3c6
 from ..cache import CachedNet
-from ..core import UserError, write_beside
-from ..config.files import load_config, of_paddle, parsed
-from ..det.render import render_page, write_pages
-from ..learner import DistillLearner
-from ..nets import Nets, Targets, addresses
-from ..config.paddle import build_model, build_terms, place, target_places, task
+from ..config.values import parsed
+from ..core import UserError
+from ..data.render import font_files, make_words
+from ..det.render import write_pages
+from ..learner import DistillLearner, _first_batch
+from ..nets import Nets, Targets, addresses, look_up
 from ..rec.render import render_words
 from ..schedules import FollowSchedule
 from ..terms import Term, Terms
-from .training import build_learner
-from ..data.render import font_files, make_words
+from .training import Experiment, learner, read_metrics
 
-# %% ../../nbs/use/04_report.ipynb #297b81e3
+# %% ../../nbs/use/04_report.ipynb #4ddaf983
 def macs(
     net:nn.Module, # From one batch of pictures to whatever it gives
     shape, # Of one picture: channels, height, width
 )->int: # None for a network that PyTorch does not run
     "Multiplications (each with an addition) that a picture costs, as the network predicts"
-    net = copy.deepcopy(getattr(net, 'net', net) if isinstance(net, CachedNet) else net).eval()
+    net = copy.deepcopy(net.net if isinstance(net, CachedNet) else net).eval()
     if not list(net.parameters()): return None
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter: net.to('meta')(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
-# %% ../../nbs/use/04_report.ipynb #be126538
+# %% ../../nbs/use/04_report.ipynb #99f2e459
 def learners(
     terms:Terms, # Connected or not
     outs:dict, # What the networks gave for a batch in training
     targets=(), # Of that batch
 )->dict: # Name of a term to the networks that learn from it
     "Where the gradient of each term goes"
-    res = {}
-    for t in terms.terms:
-        leaves = [terms.nets.find(a, outs).detach().clone().requires_grad_() for a in t.addresses]
-        inputs = [terms.nets.project(t.name, leaves[0], leaves[1]), *leaves[1:]] if len(leaves)>1 else leaves
-        loss = t(*inputs, targets=targets)
-        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True) if loss.requires_grad else [None]*len(leaves)
-        got = [a.partition('.')[0] for a,g in zip(t.addresses, grads) if g is not None]
-        res[t.name] = [n for n in dict.fromkeys(got) if n not in terms.nets.frozen]
-    return res
+    return {t.name: _reached(t, terms.nets, outs, targets) for t in terms.terms}
 
-# %% ../../nbs/use/04_report.ipynb #3fedc637
-def _batch(cfg, n=2):
-    "Pictures and targets of the shapes that a configuration trains on"
-    c,h,w = _shape(cfg)
-    length = cfg['Global'].get('max_text_length') or 25
-    made = dict(length=torch.full((n,), 3), valid_ratio=torch.ones(n, dtype=torch.float64), **{k: torch.ones(n, length, dtype=torch.long) for k in ('label','label_ctc','label_sar','label_gtc','label_nrtr')},
-        **{k: torch.ones(n, h, w) for k in ('threshold_mask','shrink_mask')}, **{k: (torch.arange(w)>w/2).float().expand(n, h, w).contiguous() for k in ('threshold_map','shrink_map')})
-    places = sorted((i,k) for k,i in target_places(cfg).items())
-    return torch.randn(n, c, h, w), [made[k] for k in dict(places).values()]
+def _reached(term, nets, outs, targets):
+    leaves = [nets.find(a, outs).detach().clone().requires_grad_() for a in term.addresses]
+    first,*rest = leaves
+    loss = term(nets.project(term.name, first, rest[0]) if rest else first, *rest, targets=targets)
+    if not loss.requires_grad: return []
+    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    names = [a.partition('.')[0] for a,g in zip(term.addresses, grads) if g is not None]
+    return [n for n in dict.fromkeys(names) if n not in nets.frozen]
 
-def _shape(cfg):
-    "Of the pictures: those of a line as they are, those of pages small"
-    if task(cfg)=='det': return 3,96,96
-    ops = [o for s in ('Train','Eval') for o in ((cfg.get(s) or {}).get('dataset') or {}).get('transforms') or [] if isinstance(o, dict)]
-    return tuple(next((o[k]['image_shape'] for o in ops for k in ('RecResizeImg','SVTRRecResizeImg') if isinstance(o.get(k), dict) and 'image_shape' in o[k]), (3,48,320)))
-
-def _page(cfg):
-    "Of the pictures whose cost is told"
-    if task(cfg)!='det': return _shape(cfg)
-    ops = [o for o in ((cfg.get('Train') or {}).get('dataset') or {}).get('transforms') or [] if isinstance(o, dict)]
-    h,w = next((o['EastRandomCropData']['size'] for o in ops if isinstance(o.get('EastRandomCropData'), dict) and 'size' in o['EastRandomCropData']), (640,640))
-    return 3,int(h),int(w)
-
-# %% ../../nbs/use/04_report.ipynb #40be46c6
+# %% ../../nbs/use/04_report.ipynb #61929473
 class Setup(NamedTuple):
     "Networks and terms, ready to be looked at"
     nets:Nets
@@ -94,173 +73,194 @@ class Setup(NamedTuple):
     sources:dict # Network to where its weights come from
 
 def setup(
-    what, # A configuration (from `load_config`), or a `DistillLearner`
+    what, # An `Experiment`, or a `DistillLearner`
 )->Setup:
     "Networks and terms with a batch of shapes gone through them"
-    if isinstance(what, DistillLearner):
-        xb,yb = _first(what)
-        nets,terms,sources = get_model(what.model),what.loss_func,{}
-    elif of_paddle(what):
-        model = build_model({**what, 'Global': {**what['Global'], 'pretrained_model': None}})
-        nets = model if isinstance(model, Nets) else Nets(dict(Model=model))
-        x,yb = _batch(what)
-        xb,terms,sources = (x,),Terms(nets, build_terms(what)),_sources(what, nets.names)
-    else: nets,xb,yb,terms,sources = _first_run(what)
-    was = nets.training
-    with torch.no_grad(), torch.random.fork_rng():
-        outs = _forward(nets, xb, yb)
-        for t in terms.terms:
-            for a in t.addresses: nets.tap(a, outs)
-        outs = _forward(nets, xb, yb) if nets.tapped else outs
-    nets.train(was)
-    return Setup(nets, terms, outs, tuple(yb), tuple(xb[0].shape[1:]) if isinstance(what, DistillLearner) or not of_paddle(what) else _page(what), sources)
+    if isinstance(what, DistillLearner): return _of_learner(what)
+    xb,yb = what.example or _batch(what)
+    terms = Terms(what.nets, what.terms)
+    terms.connect((*xb, Targets(yb)) if what.nets.want_targets() else tuple(xb), tuple(yb))
+    shape = what.pictures.cost_shape or _shape(what.pictures, xb[0].shape[1:])
+    return Setup(what.nets, terms, _outputs(what.nets, xb, yb), tuple(yb), tuple(shape), what.sources)
 
-# %% ../../nbs/use/04_report.ipynb #214309e2
-def _forward(nets, xb, yb):
-    "One batch as in training; running statistics stay as they are"
-    kept = copy.deepcopy(nets.state_dict())
-    outs = nets.train()(*xb, *([Targets(yb)] if nets.want_targets() else []))
-    nets.load_state_dict(kept)
+def _shape(pictures, own):
+    "What `pictures` says of a shape, and where it says nothing, that of the batch"
+    return [a or b for a,b in zip(pictures.shape, own)] if pictures.task else own
+
+def _of_learner(learn):
+    nets = get_model(learn.model)
+    xb,yb = _first_batch(learn.dls, False)
+    return Setup(nets, learn.loss_func, _outputs(nets, xb, yb), tuple(yb), tuple(xb[0].shape[1:]), {})
+
+# %% ../../nbs/use/04_report.ipynb #49a4979c
+def _batch(exp):
+    if exp.dls is None: raise UserError("there are no data, and no batch was made up: Experiment(example=)")
+    return _first_batch(exp.dls, False)
+
+def _outputs(nets, xb, yb):
+    "Of one batch as in training; running statistics stay as they are"
+    saved,was = copy.deepcopy(nets.state_dict()),nets.training
+    targets = [Targets(yb)] if nets.want_targets() else []
+    with torch.no_grad(), torch.random.fork_rng(): outs = nets.train()(*xb, *targets)
+    nets.load_state_dict(saved)
+    nets.train(was)
     return outs
 
-def _first(learn):
-    b = learn.dls.one_batch()
-    n = getattr(learn.dls, 'n_inp', 1)
-    b = [b] if isinstance(b, torch.Tensor) else list(b)
-    return b[:n],b[n:]
-
-def _sources(cfg, names):
-    g,models = cfg['Global'],cfg['Architecture'].get('Models') or {}
-    whole = g.get('checkpoints') or g.get('pretrained_model')
-    return {n: str(whole or (models.get(n) or {}).get('pretrained') or f"new (seed {g.get('seed') or 1024})") for n in names}
-
-def _first_run(cfg):
-    from distillbook.rec.labels import Alphabet
-    from distillbook.use.run import get_nets, get_teacher, get_terms
-    alphabet = Alphabet(cfg['Global']['alphabet'])
-    nets = get_nets(cfg, alphabet, get_teacher(cfg, alphabet).net)
-    made = Nets(nets, ['Teacher'])
-    sources = {n: cfg['Architecture']['Models']['Teacher']['pretrained'] if n=='Teacher' else f"new (seed {cfg['Global']['seed']})" for n in nets}
-    return made,(torch.randn(2,3,48,160),),(torch.ones(2, 6, dtype=torch.long), torch.full((2,), 6)),Terms(made, get_terms(cfg, nets)),sources
-
-# %% ../../nbs/use/04_report.ipynb #c1f41a72
+# %% ../../nbs/use/04_report.ipynb #d26e2b50
 def summary(
-    what, # A configuration, a `DistillLearner` or a `Setup`
+    what, # An `Experiment`, a `DistillLearner` or a `Setup`
 )->dict: # nets and terms: lists of dicts
     "Each network with its role and its cost, and what each term connects"
     s = what if isinstance(what, Setup) else setup(what)
-    learn = learners(s.terms, s.outs, s.targets)
-    def role(n):
-        learns,teaches = any(n in got for got in learn.values()),any(n in [a.partition('.')[0] for a in t.addresses] and set(learn[t.name])-{n} for t in s.terms.terms)
-        return ' and '.join([*(['learns'] if learns else []), *(['teaches'] if teaches else [])] or ['nothing']) + (' (frozen)' if n in s.nets.frozen else '')
-    def row(n):
-        net = s.nets[n]
-        return dict(net=n, role=role(n), weights=s.sources.get(n, ''), parameters=sum(p.numel() for p in net.parameters()), trainable=sum(p.numel() for p in net.parameters() if p.requires_grad),
-            MACs=macs(net, s.shape), picture=' x '.join(map(str, s.shape)), outputs=dict(_shapes(s.outs[n], n)))
-    terms = [dict(term=t.name, weight=t.weight if not callable(t.weight) else 'a schedule', loss=_name(t.fn), connects=', '.join(t.addresses), learns=', '.join(learn[t.name]) or 'nobody') for t in s.terms.terms]
-    return dict(nets=[row(n) for n in s.nets.names], terms=terms)
+    learning = learners(s.terms, s.outs, s.targets)
+    rows = [_net_row(s, n, _role(s, n, learning)) for n in s.nets.names]
+    return dict(nets=rows, terms=[_term_row(t, learning[t.name]) for t in s.terms.terms])
 
-def _shapes(out, name):
-    def at(o, path):
-        for p in path: o = o[int(p)] if isinstance(o, (list,tuple)) else {str(k): v for k,v in o.items()}[p]
-        return o
-    found = [(a, at(out, a.split('.')[1:])) for a in addresses({name: out})]
-    return [(a.partition('.')[2] or 'output', list(o.shape[1:])) for a,o in found if isinstance(o, torch.Tensor)]
+def _role(s, net, learning):
+    taught = {t.name for t in s.terms.terms if any(a.partition('.')[0]==net for a in t.addresses)}
+    roles = ['learns'] if any(net in nets for nets in learning.values()) else []
+    if any(set(learning[name])-{net} for name in taught): roles.append('teaches')
+    return ' and '.join(roles or ['nothing']) + (' (frozen)' if net in s.nets.frozen else '')
+
+# %% ../../nbs/use/04_report.ipynb #84710e91
+def _net_row(s, n, role):
+    net = s.nets[n]
+    size,trainable = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True,False))
+    return dict(net=n, role=role, weights=s.sources.get(n, ''), parameters=size, trainable=trainable,
+        MACs=macs(net, s.shape), picture=' x '.join(map(str, s.shape)), outputs=dict(_shapes(s.outs[n], n)))
+
+def _term_row(t, learning):
+    weight = 'a schedule' if callable(t.weight) else t.weight
+    connects,learns = ', '.join(t.addresses),', '.join(learning) or 'nobody'
+    return dict(term=t.name, weight=weight, loss=_name(t.fn), connects=connects, learns=learns)
 
 def _name(fn): return _name(fn.func) if isinstance(fn, partial) else getattr(fn, '__name__', type(fn).__name__)
 
-# %% ../../nbs/use/04_report.ipynb #5ec25ce3
+def _shapes(out, name):
+    "The shape of each output, by its address"
+    for address in addresses({name: out}):
+        o = look_up({name: out}, address)
+        if isinstance(o, torch.Tensor): yield address.partition('.')[2] or 'output', list(o.shape[1:])
+
+# %% ../../nbs/use/04_report.ipynb #276d4a99
 LABELS = 'labels'
 
-def _edges(s, learn):
-    "{(from, to, both ways): [lines of text]}"
-    edges = {}
-    for t in s.terms.terms:
-        ends,got = list(dict.fromkeys(a.partition('.')[0] for a in t.addresses)),learn[t.name]
-        if len(ends)==1: key = LABELS,ends[0],False
-        else: key = (*sorted(ends[:2]),True) if len(got)>1 else (ends[1],ends[0],False) if got==ends[:1] else (ends[0],ends[1],False)
-        edges.setdefault(key, []).append(f"{_name(t.fn).removesuffix('_of').removesuffix('_paddle')}{'' if callable(t.weight) or t.weight==1 else f'  x {t.weight:g}'}")
-    return {k: [f"{v}{f'  ({n} times)' if (n := vs.count(v))>1 else ''}" for v in dict.fromkeys(vs)] for k,vs in edges.items()}
+def _ends(term, learning):
+    "From whom, to whom, and whether in both directions"
+    nets = list(dict.fromkeys(a.partition('.')[0] for a in term.addresses))
+    if len(nets)==1: return LABELS,nets[0],False
+    if len(learning)>1: return (*sorted(nets[:2]),True)
+    return (nets[1],nets[0],False) if learning==nets[:1] else (nets[0],nets[1],False)
 
-def _places(nets, edges):
+def _edges(s, learning):
+    "{(from, to, both directions): [lines of text]}"
+    edges = {}
+    for t in s.terms.terms: edges.setdefault(_ends(t, learning[t.name]), []).append(_label(t))
+    return {ends: [_times(o, texts.count(o)) for o in dict.fromkeys(texts)] for ends,texts in edges.items()}
+
+def _label(t):
+    name = _name(t.fn).removesuffix('_of').removesuffix('_paddle')
+    return name if callable(t.weight) or t.weight==1 else f'{name}  x {t.weight:g}'
+
+def _times(text, n): return f'{text}  ({n} times)' if n>1 else text
+
+# %% ../../nbs/use/04_report.ipynb #99793e0a
+def _positions(nets, edges):
+    "Where each box stands: frozen networks on top, the labels at the bottom"
     frozen = [n for n in nets.names if n in nets.frozen]
     rest = [n for n in nets.names if n not in frozen]
-    at = lambda ns, y: {n: (i-(len(ns)-1)/2, y) for i,n in enumerate(ns)}
-    pos = {**at(frozen, 1), **at(rest, 0 if frozen or len(rest)<4 else .5)}
+    def row(names, y): return {n: (i-(len(names)-1)/2, y) for i,n in enumerate(names)}
+    pos = {**row(frozen, 1), **row(rest, 0 if frozen or len(rest)<4 else .5)}
     return pos | ({LABELS: (0, -1)} if any(a==LABELS for a,*_ in edges) else {})
 
-def _count(n): return f'{n/1e9:.2f} G' if n>=1e9 else f'{n/1e6:.2f} M' if n>=1e5 else f'{n:,}'
+def _count(n):
+    if n<1e5: return f'{n:,}'
+    return f'{n/1e9:.2f} G' if n>=1e9 else f'{n/1e6:.2f} M'
 
-# %% ../../nbs/use/04_report.ipynb #043f00ef
+def _canvas(points):
+    "Axes that have room for boxes at these points"
+    xs,ys = zip(*points)
+    size = max(5., np.ptp(xs)+3.4),max(2.4, np.ptp(ys)+1.4)
+    fig,ax = plt.subplots(figsize=np.multiply(.8, size), dpi=80)
+    ax.set(xlim=(min(xs)-1.7, max(xs)+1.7), ylim=(min(ys)-.8, max(ys)+.8))
+    ax.axis('off')
+    return fig,ax
+
+# %% ../../nbs/use/04_report.ipynb #0d23d9cd
 def draw_summary(
     what, # See `summary`
 ):
     "Networks and terms as a graph"
     s = what if isinstance(what, Setup) else setup(what)
-    found,edges = {r['net']: r for r in summary(s)['nets']},_edges(s, learners(s.terms, s.outs, s.targets))
-    pos,dx,dy = _places(s.nets, edges),5.6,2.3
-    xs,ys = [x*dx for x,_ in pos.values()],[y*dy for _,y in pos.values()]
-    fig,ax = plt.subplots(figsize=(.8*max(5., np.ptp(xs)+3.4), .8*max(2.4, np.ptp(ys)+1.4)), dpi=80)
-    ax.set(xlim=(min(xs)-1.7, max(xs)+1.7), ylim=(min(ys)-.8, max(ys)+.8)); ax.axis('off')
-    boxes = {n: _box(ax, n, found.get(n), x*dx, y*dy, n in s.nets.frozen) for n,(x,y) in pos.items()}
+    rows,edges = {r['net']: r for r in summary(s)['nets']},_edges(s, learners(s.terms, s.outs, s.targets))
+    points = {n: np.multiply(p, (5.6,2.3)) for n,p in _positions(s.nets, edges).items()}
+    fig,ax = _canvas(points.values())
+    boxes = {n: _box(ax, n, rows.get(n), *p, n in s.nets.frozen) for n,p in points.items()}
     fig.canvas.draw()
-    for (a,b,both),lines in edges.items():
-        ends = [np.multiply(pos[n], (dx,dy)) for n in (a,b)]
-        tail,head = _border(ax, boxes[a], *ends),_border(ax, boxes[b], *ends[::-1])
-        ax.annotate('', head, tail, zorder=1, arrowprops=dict(arrowstyle='<|-|>' if both else '-|>', color='#555', lw=1.4, shrinkA=0, shrinkB=0))
-        ax.text(*sum(ends)/2, '\n'.join(lines), ha='center', va='center', fontsize=8, color='#333', zorder=2, bbox=dict(fc='white', ec='none', pad=1.5, alpha=.9))
+    for (a,b,both),lines in edges.items(): _arrow(ax, (boxes[a],boxes[b]), (points[a],points[b]), both, lines)
     return fig
 
-def _border(ax, box, at, to, gap=.06):
+def _arrow(ax, boxes, ends, both, lines):
+    tail,head = _border(ax, boxes[0], *ends),_border(ax, boxes[1], *ends[::-1])
+    style = dict(arrowstyle='<|-|>' if both else '-|>', color='#555', lw=1.4, shrinkA=0, shrinkB=0)
+    ax.annotate('', head, tail, zorder=1, arrowprops=style)
+    paper = dict(fc='white', ec='none', pad=1.5, alpha=.9)
+    ax.text(*sum(ends)/2, '\n'.join(lines), ha='center', va='center', fontsize=8, color='#333', zorder=2, bbox=paper)
+
+# %% ../../nbs/use/04_report.ipynb #1a790210
+def _border(ax, box, start, end, gap=.06):
     "Where a line from the middle of a box leaves it"
     b = box.get_window_extent().transformed(ax.transData.inverted())
-    step = np.abs(np.subtract(to, at))+1e-9
-    return at + (to-at)*min((b.width/2+gap)/step[0], (b.height/2+gap)/step[1])
+    step = np.abs(np.subtract(end, start))+1e-9
+    return start + (end-start)*min((b.width/2+gap)/step[0], (b.height/2+gap)/step[1])
 
 def _box(ax, name, row, x, y, frozen):
-    text = name if row is None else f"{name}\n{row['role']}\n{_count(row['parameters'])} parameters" + (f", {_count(row['MACs'])} MACs" if row['MACs'] else '')
-    colour = '#f4e9cd' if row is None else '#d9e4f1' if frozen else '#dcefdc'
-    return ax.text(x, y, text, ha='center', va='center', fontsize=9, zorder=3, bbox=dict(boxstyle='round,pad=.5', fc=colour, ec='#555')).get_bbox_patch()
+    text,colour = name,'#f4e9cd'
+    if row is not None:
+        cost = f", {_count(row['MACs'])} MACs" if row['MACs'] else ''
+        text = f"{name}\n{row['role']}\n{_count(row['parameters'])} parameters{cost}"
+        colour = '#d9e4f1' if frozen else '#dcefdc'
+    shape = dict(boxstyle='round,pad=.5', fc=colour, ec='#555')
+    return ax.text(x, y, text, ha='center', va='center', fontsize=9, zorder=3, bbox=shape).get_bbox_patch()
 
-# %% ../../nbs/use/04_report.ipynb #c767f539
+# %% ../../nbs/use/04_report.ipynb #f10afc57
 class Rates(NamedTuple):
     "Suggested learning rates, and the trial that they come from"
     rates:dict # Rule to rate: valley, steep, minimum
     lrs:list
     losses:list # Smoothed
+
     def plot(self):
         "The loss over the rate"
         fig,ax = plt.subplots(figsize=(5,3), dpi=80)
         ax.plot(self.lrs, self.losses, color='C0')
         for i,(k,v) in enumerate(self.rates.items()): ax.axvline(v, color=f'C{i+1}', ls='--', label=f'{k}: {v:.1e}')
-        ax.set(xscale='log', xlabel='learning rate', ylabel='loss'); ax.legend(fontsize=8)
+        ax.set(xscale='log', xlabel='learning rate', ylabel='loss')
+        ax.legend(fontsize=8)
         return fig
 
+# %% ../../nbs/use/04_report.ipynb #bc18210a
 def lr_find(
-    what, # A configuration, or a `DistillLearner`
+    what, # An `Experiment`, or a `DistillLearner`
     steps:int=100, # Of the trial
     start:float=1e-7, end:float=1., # Rates
 )->Rates:
     "Find a learning rate by trying"
-    learn = what if isinstance(what, DistillLearner) else _first_learner(what) if not of_paddle(what) else build_learner(what)
-    own = [cb for cb in learn.cbs if isinstance(cb, FollowSchedule)]
-    learn.remove_cbs(own)
-    was,learn.path = learn.path,Path(tempfile.mkdtemp())
+    learn = what if isinstance(what, DistillLearner) else learner(what)
+    schedules = [cb for cb in learn.cbs if isinstance(cb, FollowSchedule)]
+    learn.remove_cbs(schedules)
+    was = learn.path
     try:
-        with learn.no_bar(), learn.no_logging(): found = learn.lr_find(start, end, steps, show_plot=False, suggest_funcs=(valley, steep, minimum))
+        with tempfile.TemporaryDirectory() as learn.path, learn.no_bar(), learn.no_logging():
+            learn.path,rules = Path(learn.path),(valley, steep, minimum)
+            rates = learn.lr_find(start, end, steps, show_plot=False, suggest_funcs=rules)
     finally:
         learn.path = was
-        learn.add_cbs(own)
+        learn.add_cbs(schedules)
     losses = [float(o) for o in learn.recorder.losses]
-    return Rates({k: float(v) for k,v in found._asdict().items()}, list(learn.recorder.lrs[:len(losses)]), losses)
+    return Rates({k: float(v) for k,v in rates._asdict().items()}, list(learn.recorder.lrs[:len(losses)]), losses)
 
-def _first_learner(cfg):
-    from distillbook.rec.labels import Alphabet
-    from distillbook.use.run import get_nets, get_teacher, make_learner, word_sets
-    alphabet = Alphabet(cfg['Global']['alphabet'])
-    return make_learner(cfg, word_sets(cfg), get_nets(cfg, alphabet, get_teacher(cfg, alphabet)))
-
-# %% ../../nbs/use/04_report.ipynb #c9cfa7ea
+# %% ../../nbs/use/04_report.ipynb #a26b606f
 def render_rec(
     folder, # New, or empty
     n:int=1000, # Lines to train on
@@ -272,8 +272,9 @@ def render_rec(
     def write(to):
         lines = render_words(make_words(n+val, seed), font_files(fonts), seed)
         (to/'images').mkdir()
-        for i,(im,w) in enumerate(zip(lines.images, lines.widths)): (to/f'images/{i:06}.png').write_bytes(cv2.imencode('.png', im[:,:w])[1].tobytes())
-        return [f'images/{i:06}.png\t{t}\n' for i,t in enumerate(lines.words)]
+        for i,(image,width) in enumerate(zip(lines.images, lines.widths)):
+            (to/f'images/{i:06}.png').write_bytes(cv2.imencode('.png', image[:,:width])[1].tobytes())
+        return [f'images/{i:06}.png\t{word}\n' for i,word in enumerate(lines.words)]
     return _rendered(folder, n, write)
 
 def render_det(
@@ -288,100 +289,124 @@ def render_det(
         return lines
     return _rendered(folder, n, write)
 
+# %% ../../nbs/use/04_report.ipynb #6a4b5002
 def _rendered(folder, n, write):
+    "A folder that `write` fills, and whose label lines it gives; whole or not there"
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise UserError(f"{folder}: is there already, and is not empty")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as d:
         to = Path(d)/'whole'
         to.mkdir()
         lines = write(to)
-        for name,part in (('train.txt',lines[:n]), ('val.txt',lines[n:])): (to/name).write_text(''.join(part), encoding='utf-8')
+        (to/'train.txt').write_text(''.join(lines[:n]), encoding='utf-8')
+        (to/'val.txt').write_text(''.join(lines[n:]), encoding='utf-8')
         if folder.exists(): folder.rmdir()
         to.rename(folder)
     return folder
 
-# %% ../../nbs/use/04_report.ipynb #e2066768
-_LINE = re.compile(r'global_step: (\d+)'); _PAIR = re.compile(r'([A-Za-z][\w.]*): (-?(?:\d[\d.e+-]*|nan|inf))')
+# %% ../../nbs/use/04_report.ipynb #87ca3753
+_STEP = re.compile(r'global_step: (\d+)')
+_PAIR = re.compile(r'([A-Za-z][\w.]*): (-?(?:\d[\d.e+-]*|nan|inf))')
+_NO_LOSS = 'global_step eta avg_samples ips avg_reader_cost'.split()
 
-def _flat(o, path=()):
-    if isinstance(o, dict): return {k: v for key,val in o.items() for k,v in _flat(val, (*path,str(key))).items()}
-    return {'.'.join(path): o}
+def _numbers(line): return {k: float(v) for k,v in _PAIR.findall(line.partition('] ')[2])}
 
-def _log(path):
+def _log_rows(path):
     "Rows of steps and rows of evaluations in a train.log"
-    steps,looks,step = [],[],0
+    steps,evals,step = [],[],0
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        numbers = {k: float(v) for k,v in _PAIR.findall(line.partition('] ')[2])}
-        if found := _LINE.search(line): step,_ = int(found[1]),steps.append({'step': int(found[1]), **{k: v for k,v in numbers.items() if k not in ('global_step','eta','avg_samples','ips','avg_reader_cost')}})
-        elif 'cur metric,' in line: looks.append(dict(step=step, **numbers))
-    return steps,looks
+        if at_step := _STEP.search(line):
+            step = int(at_step[1])
+            steps,evals = ([row for row in rows if row['step']<step] for rows in (steps,evals))
+            steps.append({'step': step, **{k: v for k,v in _numbers(line).items() if k not in _NO_LOSS}})
+        elif 'cur metric,' in line: evals.append(dict(step=step, **_numbers(line)))
+    return steps,evals
 
-class Run(NamedTuple):
+# %% ../../nbs/use/04_report.ipynb #a31f4614
+class PastRun(NamedTuple):
     "What a run left"
     name:str
     config:dict # Flat: dotted key to value
     steps:list # Rows with step and loss
-    looks:list # Rows with step (or epoch) and metrics
+    evals:list # Rows with step and the networks' numbers
 
 def read_run(
     folder, # Of a run
-)->Run: # `UserError` if it is none
+)->PastRun: # `UserError` if it is none
     "A run's configuration, its losses and its numbers"
     folder = Path(folder)
-    if not (folder/'config.yml').is_file(): raise UserError(f"{folder} is no run's folder: it has no config.yml")
-    try: config = parsed((folder/'config.yml').read_text(encoding='utf-8'), folder/'config.yml')[0]
-    except (UnicodeDecodeError, OSError): raise UserError(f"{folder/'config.yml'}: not YAML") from None
-    if (folder/'train.log').is_file(): steps,looks = _log(folder/'train.log')
-    elif (folder/'metrics.csv').is_file():
-        try:
-            rows = [{k: float(v) for k,v in r.items() if v} for r in csv.DictReader((folder/'metrics.csv').read_text().splitlines())]
-            steps,looks = [dict(step=r['epoch'], loss=r['train_loss']) for r in rows],[dict(step=r['epoch'], **{k: v for k,v in r.items() if k.endswith(('_acc','_norm_edit_dis'))}) for r in rows]
-        except (ValueError, TypeError, KeyError) as e: raise UserError(f"{folder/'metrics.csv'}: not the numbers of a run ({e})") from None
-    else: raise UserError(f"{folder}: neither train.log nor metrics.csv; has it run?")
-    return Run(folder.name, _flat(config), steps, looks)
+    config,log,table = (folder/name for name in ('config.yml','train.log','metrics.csv'))
+    if not config.is_file(): raise UserError(f"{folder} is no run's folder: it has no config.yml")
+    if not log.is_file() and not table.is_file():
+        raise UserError(f"{folder}: neither train.log nor metrics.csv; has it run?")
+    try: values = parsed(config.read_text(encoding='utf-8'), config)[0]
+    except (UnicodeDecodeError, OSError): raise UserError(f"{config}: not YAML") from None
+    steps,evals = _log_rows(log) if log.is_file() else ([],[])
+    rows = read_metrics(table)
+    if rows: evals = [{k: v for k,v in row.items() if k not in ('epoch','loss','seconds')} for row in rows]
+    return PastRun(folder.name, _flat(values), steps or rows, evals)
 
-# %% ../../nbs/use/04_report.ipynb #bb09c528
+def _flat(o, path=()):
+    if not isinstance(o, dict): return {'.'.join(path): o}
+    return {k: v for key,value in o.items() for k,v in _flat(value, (*path,str(key))).items()}
+
+# %% ../../nbs/use/04_report.ipynb #1e272e4a
 def compare(
     runs, # Folders
 )->pd.DataFrame: # A row a run: what differs in their configurations, the last step and loss, the best of each number
     "Runs side by side"
-    runs = [r if isinstance(r, Run) else read_run(r) for r in runs]
+    runs = [_past(r) for r in runs]
     if not runs: raise UserError("which runs?")
-    keys = [k for k in dict.fromkeys(k for r in runs for k in r.config) if k!='Global.save_model_dir' and len({str(r.config.get(k)) for r in runs})>1]
-    def row(r):
-        best = {k: max(o[k] for o in r.looks if k in o) for k in dict.fromkeys(k for o in r.looks for k in o) if k not in ('step','fps')}
-        last = r.steps[-1] if r.steps else {}
-        return {**{k: r.config.get(k) for k in keys}, 'step': last.get('step'), 'loss': last.get('loss'), **best}
-    return pd.DataFrame([row(r) for r in runs], index=pd.Index([r.name for r in runs], name='run'))
+    known = dict.fromkeys(k for r in runs for k in r.config if k!='Global.save_model_dir')
+    keys = [k for k in known if _differs(runs, k)]
+    rows = [{**{k: r.config.get(k) for k in keys}, **_outcome(r)} for r in runs]
+    return pd.DataFrame(rows, index=pd.Index([r.name for r in runs], name='run'))
 
+def _past(run): return run if isinstance(run, PastRun) else read_run(run)
+def _differs(runs, key): return len({str(r.config.get(key)) for r in runs})>1
+
+def _outcome(run):
+    "The last step and loss, and the best of each number"
+    last = run.steps[-1] if run.steps else {}
+    names = dict.fromkeys(k for row in run.evals for k in row if k not in ('step','fps'))
+    best = {k: max(row[k] for row in run.evals if k in row) for k in names}
+    return dict(step=last.get('step'), loss=last.get('loss'), **best)
+
+# %% ../../nbs/use/04_report.ipynb #e3a8eab0
 def plot_compare(
     runs, # Folders
     metric:str=None, # What to plot; None: the first that they have
 ):
     "Losses and one number of several runs"
-    runs = [r if isinstance(r, Run) else read_run(r) for r in runs]
-    metric = metric or next((k for r in runs for o in r.looks for k in o if k not in ('step','fps')), None)
+    runs = [_past(r) for r in runs]
+    metric = metric or next((k for r in runs for row in r.evals for k in row if k not in ('step','fps')), None)
     fig,(a,b) = plt.subplots(1, 2, figsize=(9,3), dpi=80, layout='constrained')
     for r in runs:
-        a.plot([o['step'] for o in r.steps], [o.get('loss', math.nan) for o in r.steps], label=r.name)
-        b.plot([o['step'] for o in r.looks if metric in o], [o[metric] for o in r.looks if metric in o], marker='.', label=r.name)
-    a.set(yscale='log', xlabel='step', ylabel='loss'); b.set(xlabel='step', ylabel=metric); b.legend(fontsize=8)
+        measured = [row for row in r.evals if metric in row]
+        a.plot([row['step'] for row in r.steps], [row.get('loss', math.nan) for row in r.steps], label=r.name)
+        b.plot([row['step'] for row in measured], [row[metric] for row in measured], marker='.', label=r.name)
+    a.set(yscale='log', xlabel='step', ylabel='loss')
+    b.set(xlabel='step', ylabel=metric)
+    b.legend(fontsize=8)
     return fig
 
-# %% ../../nbs/use/04_report.ipynb #ec3d16f1
+# %% ../../nbs/use/04_report.ipynb #3a51ed4b
 class Report(Callback):
-    "Each term, and what each evaluation found, for TensorBoard and Weights & Biases"
+    "Each term, and what each evaluation measured, for TensorBoard and Weights & Biases"
     order,only_in_fit = 70,True
     def before_fit(self):
-        self.run,self.said = not hasattr(self.learn, 'lr_finder'),len(getattr(vars(self.learn).get('eval_every'), 'rows', ()))
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.sent = len(self.evals())
 
+    def evals(self): return getattr(vars(self.learn).get('eval_every'), 'rows', [])
     def after_batch(self):
         if not self.training: return
         self.send({f'terms/{k}': v.item() for k,v in self.learn.loss_func.parts.items()})
-        rows = getattr(getattr(self.learn, 'eval_every', None), 'rows', [])
-        for r in rows[self.said:]: self.send({f'eval/{k}': v for k,v in r.items() if k not in ('step','epoch')})
-        self.said = len(rows)
+        for row in self.evals()[self.sent:]:
+            self.send({f'eval/{k}': v for k,v in row.items() if k not in ('step','epoch')})
+        self.sent = len(self.evals())
 
     def send(self, numbers):
         if hasattr(self.learn, 'tensor_board'):
@@ -390,26 +415,36 @@ class Report(Callback):
             import wandb
             wandb.log(numbers, step=self.learn.wandb._wandb_step)
 
-def logging_cbs(
-    cfg:dict, # From `load_config`
-)->list: # Callbacks; none unless `Global.use_tensorboard` or `Global.use_wandb` asks
+# %% ../../nbs/use/04_report.ipynb #415ca61f
+def tracker_cbs(
+    tensorboard=None, # True: into the folder; or a path
+    wandb=None, # True, or a dict with project, name, entity
+    folder='output', # Of the run
+    config:dict=None, # Of the run, shown by Weights & Biases
+)->list: # Callbacks for `Run.cbs`; none unless one is wanted
     "What TensorBoard and Weights & Biases want of a run"
-    g,cbs = cfg['Global'],[]
-    if board := g.get('use_tensorboard'):
-        try: from fastai.callback.tensorboard import TensorBoardCallback
-        except ImportError: raise UserError(f"{place(cfg, 'Global', 'use_tensorboard')}: TensorBoard is not installed: pip install 'distillbook[tensorboard]'") from None
-        cbs.append(_numbers_only(TensorBoardCallback(str(Path(g.get('save_model_dir') or 'output')/'tensorboard') if board is True else str(board), trace_model=False, log_preds=False)))
-    if g.get('use_wandb'):
-        try: import wandb; from fastai.callback.wandb import WandbCallback
-        except ImportError: raise UserError(f"{place(cfg, 'Global', 'use_wandb')}: Weights & Biases is not installed: pip install 'distillbook[wandb]'") from None
-        said = cfg.get('wandb') or {}
-        if not isinstance(said, dict): raise UserError(f"{place(cfg, 'wandb')}: a section is wanted, with project, name, entity; not {said!r}")
-        if wandb.run is None: wandb.init(project=said.get('project', 'distillbook'), name=said.get('name'), entity=said.get('entity'), dir=str(g.get('save_model_dir') or 'output'), config=dict(cfg))
-        cbs.append(_without_arguments(WandbCallback(log=None, log_preds=False)))
+    cbs = []
+    if tensorboard: cbs.append(_tensorboard(Path(folder)/'tensorboard' if tensorboard is True else tensorboard))
+    if wandb: cbs.append(_wandb({} if wandb is True else wandb, folder, config))
     return [*cbs, Report()] if cbs else []
 
+def _tensorboard(path):
+    try: from fastai.callback.tensorboard import TensorBoardCallback
+    except ImportError: raise UserError("TensorBoard is not installed: pip install 'distillbook[tensorboard]'") from None
+    return _numbers_only(TensorBoardCallback(str(path), trace_model=False, log_preds=False))
+
+def _wandb(settings, folder, config):
+    try: import wandb; from fastai.callback.wandb import WandbCallback
+    except ImportError: raise UserError("Weights & Biases is not installed: pip install 'distillbook[wandb]'") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"a section with project, name, entity is wanted, not {settings!r}")
+    settings = dict(project='distillbook', name=None, entity=None) | settings
+    if wandb.run is None: wandb.init(**settings, dir=str(folder), config=dict(config or {}))
+    return _without_arguments(WandbCallback(log=None, log_preds=False))
+
+# %% ../../nbs/use/04_report.ipynb #e075bff3
 def _without_arguments(cb):
-    "fastai's callback would gather the learner's arguments for its configuration, and fails on ours; the run has its own"
+    "The run has a configuration of its own"
     start = cb.before_fit
     def before_fit():
         cb.learn.gather_args = dict
@@ -418,11 +453,13 @@ def _without_arguments(cb):
     return cb
 
 def _numbers_only(cb):
-    "PyTorch's optimisers have settings that are no numbers, which fastai's callback would write as well"
+    "Only numbers are written"
     make = cb._setup_writer
     def setup():
         make()
         add = cb.writer.add_scalar
-        cb.writer.add_scalar = lambda name, v, *args: add(name, v, *args) if isinstance(v, (int,float,torch.Tensor)) else None
+        def add_number(name, v, *args):
+            if isinstance(v, (int,float,torch.Tensor)): add(name, v, *args)
+        cb.writer.add_scalar = add_number
     cb._setup_writer = setup
     return cb

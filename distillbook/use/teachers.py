@@ -116,3 +116,4 @@ class Asked(nn.Module):
         if self.training: raise UserError("a function cannot learn: put its name into `frozen`")
         y = self.fn(x.detach().cpu().numpy())
         return torch.as_tensor(np.asarray(y)).float().to(x.device)
+
