@@ -85,7 +85,7 @@ def test_rendered_set(rendered, tmp_path):
 def test_rendered_set_sees_a_changed_renderer(rendered, monkeypatch):
     fonts = font_files('dejavu')
     rendered(WORDS, fonts, 1)
-    monkeypatch.setattr(data, 'spoil', lambda im, rng: im)
+    monkeypatch.setattr(data, 'blur_and_noise', lambda im, rng: im)
     assert rendered(WORDS, fonts, 1)[1] and not rendered(WORDS, fonts, 1)[1]
 
 @pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b[:len(b)//2], lambda b: b'not an archive', lambda b: b[:5000]+bytes(200)+b[5200:]], ids=['empty', 'half', 'text', 'zeroed'])

@@ -13,16 +13,15 @@ __all__ = ['log', 'IGNORED', 'SET_KEYS', 'SET_IGNORED', 'LOADER_KEYS', 'LOADER_I
 import logging
 from functools import partial
 from fastai.data.core import DataLoaders
-from ..core import UserError
 from ..data.loader import SampleDL, sample_dls
 from ..data.operations import KeepKeys
 from ..data.sets import SampleSet
 from ..data.shards import ShardDL, ShardLines
 
 # %% ../../nbs/config/05_data.ipynb #113e56a8
-from .networks import characters, dictionary, existing, folder_of, task
-from .registry import DATASETS, OPERATIONS, arguments, build, called, parameters, takes_anything, typed
-from .values import Config, Section
+from .networks import characters, dictionary, existing, task
+from .registry import DATASETS, OPERATIONS, arguments, called, parameters, takes_anything, typed
+from .values import Section
 
 # %% ../../nbs/config/05_data.ipynb #2c8c815c
 log = logging.getLogger('distillbook')

@@ -9,7 +9,6 @@ __all__ = ['POST_KEYS', 'POST_IGNORED', 'PREFIX', 'METRIC_KEYS', 'decoder_of', '
            'build_decoder', 'head_output', 'build_metric']
 
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
-from functools import partial
 from .networks import characters, net_names, task
 from .registry import DECODERS, METRICS, arguments, build, called, parameters
 from .values import Section

@@ -13,7 +13,7 @@ import importlib.resources, logging
 from pathlib import Path
 import yaml
 from ..core import UserError, unknown, write_beside
-from .losses import ROWS, checked_row
+from .losses import checked_row
 from .networks import net_names, task
 from .values import Config, Section, parsed
 

@@ -12,9 +12,8 @@ __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'k
 
 # %% ../../nbs/config/04_losses.ipynb #9767a4d3
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-import torch
 from torch import Tensor
 from ..core import UserError, unknown
 from ..losses import distance, dml_paddle
@@ -24,7 +23,7 @@ from ..terms import Term
 # %% ../../nbs/config/04_losses.ipynb #13fa6119
 from .networks import characters, net_names, task
 from .registry import LOSSES, Registry, WEIGHTS, arguments, build, called
-from .values import Config, Section
+from .values import Section
 from ..det.losses import MAPS, db_binary, db_shrink, db_threshold, dila_db, dml_maps
 from ..rec.labels import SARClasses
 from ..rec.losses import ctc_logits_kd, ctc_loss, gtc_dkd, gtc_kl, nrtr_loss

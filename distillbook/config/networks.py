@@ -13,7 +13,6 @@ __all__ = ['log', 'TASKS', 'NET_KEYS', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'E
 import copy, hashlib, logging
 from functools import lru_cache
 from pathlib import Path
-import torch
 from torch import nn, Tensor
 from ..cache import CachedNet, folded
 from ..core import UserError, write_beside

@@ -11,7 +11,6 @@ __all__ = ['RUN_KEYS', 'LR_IGNORED', 'COMMON', 'ADAMW', 'OPTIMIZER_IGNORED', 'as
 # %% ../../nbs/config/07_optimizer.ipynb #fc2345da
 import warnings
 from functools import partial
-import torch
 from fastai.basics import OptimWrapper
 from ..core import UserError
 from ..optim import ClipGrad, OwnDecay, decay_groups, l2_groups

@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'MOST_VALUES', 'DEEPEST', 'REQUIRED', 'wanted', 'as_kind', '
            'Config', 'place_of', 'Section']
 
 # %% ../../nbs/config/01_values.ipynb #4fcfd071
-import re
 from contextlib import contextmanager
 from pathlib import Path
 import yaml
