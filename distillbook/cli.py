@@ -22,6 +22,7 @@ from .core import UserError, one_line, unknown
 
 # %% ../nbs/use/08_cli.ipynb #7907b451
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+if '' not in sys.path and os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # Modules of your own, for dotted paths
 RANK = int(os.environ.get('RANK', 0)) # Of several processes that torchrun or accelerate has started
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)

@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/config/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['POST_KEYS', 'POST_IGNORED', 'PREFIX', 'METRIC_KEYS', 'decoder_of', 'given_by_characters', 'decoded_nets',
-           'build_decoder', 'head_output', 'build_metric']
+           'build_decoder', 'head_output', 'check_evaluation_keys', 'build_metric']
 
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
 from .networks import characters, net_names, task
@@ -110,6 +110,16 @@ def _metric_class(section):
     if config.get('Architecture') and name in METRICS and (name=='DetMetric')!=(task(config)=='det'):
         raise section.unknown('metric', name, ['DetMetric' if task(config)=='det' else 'RecMetric'], 'name')
     return cls
+
+def check_evaluation_keys(
+    config:dict, # The whole configuration
+)->list: # Dotted keys that are accepted and change nothing
+    "Refuse unknown keys of `PostProcess` and `Metric`, where they name what is in the tables"
+    post,metric = Section(config).maybe('PostProcess'),Section(config).maybe('Metric')
+    decoder_keys = {k for c in DECODERS.values() for k in parameters(c)} - {'alphabet','classes'}
+    ignored = [] if '.' in str(post.get('name')) else post.only([*POST_KEYS, *decoder_keys], POST_IGNORED)
+    own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
+    return ignored + ([] if own else metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter']))
 
 def build_metric(
     config:dict, # The whole configuration

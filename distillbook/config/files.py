@@ -13,7 +13,8 @@ import importlib.resources, logging
 from pathlib import Path
 import yaml
 from ..core import UserError, unknown, write_beside
-from .losses import checked_row
+from .evaluation import check_evaluation_keys
+from .losses import LOSS_KEYS, checked_row
 from .networks import net_names, task
 from .values import Config, Section, parsed
 
@@ -51,7 +52,9 @@ def check_keys(
     ignored = []
     for path,used,unused in fixed_keys(config): ignored += Section(config, *path).only(used, unused)
     for side in ('Train','Eval'): ignored += _check_side(config, side)
-    return ignored
+    loss = Section(config).maybe('Loss')
+    if loss.get('name') in LOSS_KEYS: loss.only(LOSS_KEYS[loss.get('name')])
+    return ignored + check_evaluation_keys(config)
 
 # %% ../../nbs/config/08_files.ipynb #6e57868f
 from .data import LOADER_IGNORED, LOADER_KEYS, SET_IGNORED
@@ -79,6 +82,7 @@ def check(
     "Refuse unknown keys, losses and networks; `UserError` says where and what is near"
     net_names(config)
     ignored = check_keys(config)
+    if config.get('WithoutTeacher'): check(_without_teacher(config))
     g = Section(config).maybe('Global')
     for key in TEXTS: g.read(key, str, None)
     for key in COUNTS: g.read(key, int, None, least=1)
@@ -90,6 +94,12 @@ def check(
     return ignored
 
 # %% ../../nbs/config/08_files.ipynb #87b6848c
+def _without_teacher(config):
+    "What the configuration becomes if no teacher can be had"
+    other = Section(config).section('WithoutTeacher')
+    other.only([s for s in SECTIONS if s!='WithoutTeacher'])
+    return config.copy_with(**other.values, WithoutTeacher=None)
+
 def _check_losses(config):
     loss = Section(config).maybe('Loss')
     if loss.get('name')!='CombinedLoss' or 'Models' not in config['Architecture']: return

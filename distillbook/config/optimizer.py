@@ -16,7 +16,7 @@ from ..core import UserError
 from ..optim import ClipGrad, OwnDecay, decay_groups, l2_groups
 from ..schedules import warmed_up
 from .registry import OPTIMISERS, SCHEDULES, arguments, called, parameters
-from .values import Section
+from .values import Section, as_kind
 
 # %% ../../nbs/config/07_optimizer.ipynb #a1325f27
 def as_section(
@@ -67,8 +67,7 @@ def _numbers(section, key, value):
     if isinstance(value, (bool,str)): return value
     if not isinstance(value, (list,tuple)): return float(section.read(key, float, least=0))
     if not value: raise section.refuse(f"a list of numbers is wanted, not {value!r}", key)
-    listed = Section(dict(enumerate(value)))
-    with section.blame(key): return [float(listed.read(i, float, least=0)) for i in listed.values]
+    with section.blame(key): return [float(as_kind(v, float, least=0)) for v in value]
 
 # %% ../../nbs/config/07_optimizer.ipynb #aaaedf9e
 def _check_sensible(section, own, per_epoch):

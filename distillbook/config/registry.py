@@ -98,7 +98,7 @@ def arguments(
     own = {k: v for k,v in section.values.items() if k not in skip and k not in ignored}
     for key in own:
         if not isinstance(key, str) or (key not in takes and (key in given or not takes_anything(entry))):
-            raise section.unknown(f'key of {entry.__name__}', key, takes, key)
+            raise section.unknown(f'key of {entry.__name__}', key, [*takes, *skip], key)
     values = {}
     for key,value in own.items():
         with section.blame(key): values[key] = typed(takes[key], value) if key in takes else value
