@@ -364,11 +364,11 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
 def _draw_pages(to, paths, pages):
     import cv2
     from distillbook.core import write_beside
-    from distillbook.use.ocr import as_image, draw
+    from distillbook.use.ocr import as_image, draw_page
     if len(paths)==1 and to.suffix not in ('.png','.jpg'): raise UserError(f"{to}: a picture's name ends with .png or .jpg")
     for p,lines in zip(paths, pages):
         file = to if len(paths)==1 else to/f'{p.stem}.png'
-        picture = cv2.imencode(file.suffix, draw(as_image(p), lines))[1]
+        picture = cv2.imencode(file.suffix, draw_page(as_image(p), lines))[1]
         with write_beside(file) as tmp: tmp.write_bytes(picture.tobytes())
 
 # %% ../nbs/use/08_cli.ipynb #0527f342

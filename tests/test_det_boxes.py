@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 import cv2, numpy as np, pytest, torch
-from distillbook.config.files import build_decoder
+from distillbook.config import build_decoder
 from distillbook.core import UserError
 from benchmarks.boxes import batch_of, loop, same
 from distillbook.det.boxes import DBPostProcess, draw_boxes, draw_found, mean_inside, missed_words, order_corners, outlines, rectangles, unclip_distance

@@ -11,7 +11,7 @@ from distillbook.rec.render import normalise, render_words
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.nets import PlainStudent, Sliced, ppocrv3_rec
 from distillbook.use.teachers import OnnxNet, load_teacher
-from distillbook.use.training import Trained
+from distillbook.use.results import Trained
 from distillbook.data.render import font_files, make_words
 from small_nets import small_det, small_rec
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from unittest import mock
 import cv2, numpy as np, pytest, torch
 from distillbook.data import shards
-from distillbook.config.files import build_model, load_config
+from distillbook.config import build_model, load_config
 from distillbook.core import UserError
-from distillbook.config.paddle import build_dl
+from distillbook.config.data import build_dl
 from distillbook.det.operations import make_ops as det_ops
 from distillbook.det.render import render_page
 from distillbook.rec.render import render_words

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from distillbook.checkpoint import save_file
-from distillbook.config.files import build_model, load_config
+from distillbook.config import build_model, load_config
 from distillbook.core import UserError
 from distillbook.det.nets import DBHead, ppocrv3_det, server_det
 from distillbook.nets import Nets
-from distillbook.config.paddle import load_into
+from distillbook.config.networks import load_into
 from distillbook.rec.nets import PlainStudent
 from distillbook.use.weights import *
 
