@@ -70,7 +70,8 @@ def build_operations(
         if not skip(name): made.append(build_operation(Section(config, *path, i, name), name, shared))
     if keep is not None: return [o for o in made if not isinstance(o, KeepKeys)],keep
     if not made or not isinstance(made[-1], KeepKeys): raise dataset.refuse("the last operation is KeepKeys", path[-1])
-    if made[-1].keep_keys[:1]!=['image']: raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
+    if made[-1].keep_keys[:1]!=['image']:
+        raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
     return made[:-1],made[-1].keep_keys
 
 # %% ../../nbs/config/05_data.ipynb #1dcfe3e6
@@ -79,10 +80,12 @@ def make_operations(
     shared:dict=None, # The section `Global`
 )->tuple: # The operations without the last, and the names that it keeps
     "The operations of a list by itself"
-    return build_operations(dict(Global=shared or {}, Train=dict(dataset=dict(transforms=transforms))), 'Train', 'dataset', 'transforms')
+    return build_operations(dict(Global=shared or {}, Train=dict(dataset=dict(transforms=transforms))), 'Train',
+        'dataset', 'transforms')
 
 def _name_of(dataset, key, i, row):
-    if not isinstance(row, dict) or len(row)!=1: raise dataset.refuse(f"one operation with its settings is wanted, as in '- RecAug:'; not {row!r}", key, i)
+    if not isinstance(row, dict) or len(row)!=1:
+        raise dataset.refuse(f"one operation with its settings is wanted, as in '- RecAug:'; not {row!r}", key, i)
     return next(iter(row))
 
 def _shared(config):
@@ -165,7 +168,8 @@ def eval_sides(
     if 'dataset' in section or 'loader' in section: return dict(eval=('Eval',))
     if not section.values: raise section.refuse("a section dataset is wanted")
     for name,part in section.values.items():
-        if not isinstance(part, dict) or 'dataset' not in part: raise section.refuse("a set with a dataset and a loader is wanted", name)
+        if not isinstance(part, dict) or 'dataset' not in part:
+            raise section.refuse("a set with a dataset and a loader is wanted", name)
         if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum():
             raise section.refuse("the name of a set is made of letters, digits, - and _", name)
     return {name: ('Eval',name) for name in section.values}
@@ -184,7 +188,8 @@ def build_dls(
     return sample_dls(build_dl(config, 'Train'), build_dl(config, *first))
 
 # %% ../../nbs/config/05_data.ipynb #4b0ab596
-def about_labels(name)->bool: return name=='KeepKeys' or 'Label' in str(name) or name in ('MakeBorderMap','MakeShrinkMap')
+def about_labels(name)->bool:
+    return name=='KeepKeys' or 'Label' in str(name) or name in ('MakeBorderMap','MakeShrinkMap')
 
 def picture_operations(
     config:dict, # The whole configuration

@@ -45,7 +45,8 @@ def _for_others(own, cls):
 def _decoder_class(section):
     name = section.get('name')
     known = [*DECODERS, *(f'{PREFIX}{n}' for n in DECODERS)]
-    if not isinstance(name, str) or (name not in known and '.' not in name): raise section.unknown('decoder', name, known, 'name')
+    if not isinstance(name, str) or (name not in known and '.' not in name):
+        raise section.unknown('decoder', name, known, 'name')
     config = section.config
     if config.get('Architecture') and '.' not in name: _check_fits(section, name)
     return DECODERS.find(name.removeprefix(PREFIX) if name in known else name, section, 'name')
@@ -58,8 +59,10 @@ def _check_fits(section, name):
         fitting = [n for n in DECODERS if ('DB' in n)==(task(config)=='det')]
         raise section.unknown('decoder', name, [(PREFIX if several else '')+n for n in fitting], 'name')
     nets = ', '.join(net_names(config))
-    if several and name==plain: raise section.refuse(f"{name} is for one network; for {nets} take {PREFIX}{name}", 'name')
-    if name!=plain and not several: raise section.refuse(f"{name} is for networks with names; for one without take {plain}", 'name')
+    if several and name==plain:
+        raise section.refuse(f"{name} is for one network; for {nets} take {PREFIX}{name}", 'name')
+    if name!=plain and not several:
+        raise section.refuse(f"{name} is for networks with names; for one without take {plain}", 'name')
 
 # %% ../../nbs/config/06_evaluation.ipynb #5386eb2b
 def decoded_nets(
@@ -72,7 +75,8 @@ def decoded_nets(
     own = str(section.get('name')).startswith(PREFIX)
     nets = section.names('model_name', ['student'] if own else net_names(config))
     for n in nets:
-        if config.get('Architecture') and n not in net_names(config): raise section.unknown('net', n, net_names(config), 'model_name')
+        if config.get('Architecture') and n not in net_names(config):
+            raise section.unknown('net', n, net_names(config), 'model_name')
     return nets
 
 def build_decoder(
@@ -104,7 +108,8 @@ METRIC_KEYS = ('name','base_metric_name','main_indicator','key')
 
 def _metric_class(section):
     name = section.get('base_metric_name') if section.get('name')=='DistillationMetric' else section.get('name')
-    if not isinstance(name, str) or (name not in METRICS and '.' not in name): raise section.unknown('metric', name, [*METRICS,'DistillationMetric'], 'name')
+    if not isinstance(name, str) or (name not in METRICS and '.' not in name):
+        raise section.unknown('metric', name, [*METRICS,'DistillationMetric'], 'name')
     cls = METRICS.find(name, section, 'name')
     config = section.config
     if config.get('Architecture') and name in METRICS and (name=='DetMetric')!=(task(config)=='det'):
@@ -128,7 +133,8 @@ def build_metric(
     section = Section(config).maybe('Metric')
     cls = _metric_class(section)
     key = section.read('key', str, None) if section.get('name')=='DistillationMetric' else None
-    if key and config.get('Architecture') and key not in net_names(config): raise section.unknown('net', key, net_names(config), 'key')
+    if key and config.get('Architecture') and key not in net_names(config):
+        raise section.unknown('net', key, net_names(config), 'key')
     names = list(getattr(cls, 'names', ()))
     indicator = section.get('main_indicator', 'hmean' if 'hmean' in names else names[0] if names else None)
     if indicator not in names: raise section.unknown('indicator', indicator, names, 'main_indicator')

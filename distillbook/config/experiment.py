@@ -57,10 +57,14 @@ def run_settings(
     start,every = eval_steps(g)
     resume = g.read('checkpoints', str, None)
     with g.blame('checkpoints'): resume = existing(resume, ('.pth','')) if resume else None
-    return Run(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, None, least=0) or 1024, threads=g.read('threads', int, None, least=1),
-        device='cpu' if g.get('use_gpu') is False else None, precision=_precision(g), eval_start=start, eval_every=every, resume=resume,
-        log_every=g.read('print_batch_step', int, 10, least=1), log_window=g.read('log_smooth_window', int, 20, least=1),
-        save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')), config=dict(config))
+    return Run(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, None, least=0) or 1024,
+        threads=g.read('threads', int, None, least=1),
+        device='cpu' if g.get('use_gpu') is False else None, precision=_precision(g), eval_start=start,
+        eval_every=every, resume=resume,
+        log_every=g.read('print_batch_step', int, 10, least=1),
+        log_window=g.read('log_smooth_window', int, 20, least=1),
+        save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')),
+        config=dict(config))
 
 # %% ../../nbs/config/09_experiment.ipynb #b5111400
 def _folder(g): return Path(g.read('save_model_dir', str, None) or 'output')
@@ -78,7 +82,8 @@ def _trackers(config):
     g,folder = Section(config, 'Global'),_folder(Section(config, 'Global'))
     wandb = Section(config, 'wandb').values if config.get('wandb') else True
     with g.blame('use_tensorboard' if g.get('use_tensorboard') else 'use_wandb'):
-        return tracker_cbs(tensorboard=g.get('use_tensorboard') or False, wandb=wandb if g.get('use_wandb') else False, folder=folder)
+        return tracker_cbs(tensorboard=g.get('use_tensorboard') or False, wandb=wandb if g.get('use_wandb') else False,
+            folder=folder)
 
 # %% ../../nbs/config/09_experiment.ipynb #bfcad71a
 def picture_settings(
@@ -88,13 +93,15 @@ def picture_settings(
     if task(config)=='det': return _page_settings(config)
     operations = _reading_operations(config)
     height = next((o.height for o in operations if isinstance(o, RecResizeImg)), 48)
-    return Pictures(task='rec', shape=(3,height,None), alphabet=Alphabet(characters(config)), prepare=partial(prepared, operations), draw=plot_reads)
+    return Pictures(task='rec', shape=(3,height,None), alphabet=Alphabet(characters(config)),
+        prepare=partial(prepared, operations), draw=plot_reads)
 
 def _page_settings(config):
     operations = _with_decoding(picture_operations(config))
     normal = next((o for o in operations if isinstance(o, NormalizeImage)), NormalizeImage())
     mean,std = (tuple(round(float(v), 6) for v in o) for o in (normal.mean, normal.std))
-    return Pictures(task='det', shape=(3,None,None), mean=mean, std=std, prepare=partial(prepared, operations), draw=plot_found)
+    return Pictures(task='det', shape=(3,None,None), mean=mean, std=std, prepare=partial(prepared, operations),
+        draw=plot_found)
 
 def _reading_operations(config):
     "As for an evaluation, but lines may be as long as they are"
@@ -196,8 +203,10 @@ def experiment(
         nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
-    exp = Experiment(nets=nets, terms=build_terms(config), dls=dls, decoder=build_decoder(config), metric=build_metric(config), evals=evals,
-        schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config), **build_optimizer(Section(config).section('Optimizer')))
+    exp = Experiment(nets=nets, terms=build_terms(config), dls=dls, decoder=build_decoder(config),
+        metric=build_metric(config), evals=evals,
+        schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),
+        **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
     return exp
 
@@ -209,10 +218,12 @@ def _lr_section(config):
 
 def _loaders(config):
     train,evals = build_dl(config, 'Train'),build_evals(config)
-    if not len(train): raise Section(config, 'Train').refuse(f"fewer lines than one batch of {config['Train']['loader']['batch_size_per_card']}")
+    if not len(train):
+        raise Section(config, 'Train').refuse(f"fewer lines than one batch of {config['Train']['loader']['batch_size_per_card']}")
     models = config['Architecture'].get('Models') or {}
     with Section(config, 'Train', 'dataset').blame('variants'):
-        if any(isinstance(m, dict) and m.get('cache') for m in models.values()): check_cacheable(train, 'Train.dataset.variants')
+        if any(isinstance(m, dict) and m.get('cache') for m in models.values()):
+            check_cacheable(train, 'Train.dataset.variants')
     return DataLoaders(train, next(iter(evals.values()))),evals
 
 # %% ../../nbs/config/09_experiment.ipynb #a0e41475
@@ -224,9 +235,12 @@ def ready_networks(
     config = usable(config)
     model = model_with_weights(config)
     g = Section(config, 'Global')
-    run = Run(folder=_folder(g), device='cpu' if g.get('use_gpu') is False else None, resume=_weights_path(g), config=dict(config))
-    return Experiment(nets=as_nets(model), terms=[], dls=None, decoder=build_decoder(config), metric=build_metric(config) if evals else None,
-        evals=build_evals(config) if evals else {}, run=run, pictures=picture_settings(config), sources=sources_of(config),
+    run = Run(folder=_folder(g), device='cpu' if g.get('use_gpu') is False else None, resume=_weights_path(g),
+        config=dict(config))
+    return Experiment(nets=as_nets(model), terms=[], dls=None, decoder=build_decoder(config),
+        metric=build_metric(config) if evals else None,
+        evals=build_evals(config) if evals else {}, run=run, pictures=picture_settings(config),
+        sources=sources_of(config),
         measured=_measured(run.resume))
 
 def _weights_path(g):
@@ -254,7 +268,8 @@ def outline(
     "Networks and terms, to be looked at"
     config = usable(config)
     whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None})
-    exp = Experiment(nets=as_nets(build_model(whole)), terms=build_terms(config), dls=None, sources=sources_of(config), example=example_batch(config))
+    exp = Experiment(nets=as_nets(build_model(whole)), terms=build_terms(config), dls=None, sources=sources_of(config),
+        example=example_batch(config))
     exp.pictures = Pictures(task=task(config), cost_shape=_picture_shape(config))
     return exp
 
@@ -267,7 +282,8 @@ def _operation_value(config, names, key, default):
     return default
 
 def _picture_shape(config):
-    if task(config)=='rec': return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
+    if task(config)=='rec':
+        return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
     height,width = _operation_value(config, ('EastRandomCropData',), 'size', (640,640))
     return 3,int(height),int(width)
 
@@ -280,7 +296,8 @@ def example_batch(
     c,h,w = _picture_shape(config) if task(config)=='rec' else (3,96,96)
     length = config['Global'].get('max_text_length') or 25
     made = dict(length=torch.full((n,), 3), valid_ratio=torch.ones(n, dtype=torch.float64))
-    made |= {k: torch.ones(n, length, dtype=torch.long) for k in ('label','label_ctc','label_sar','label_gtc','label_nrtr')}
+    made |= {k: torch.ones(n, length, dtype=torch.long)
+        for k in ('label','label_ctc','label_sar','label_gtc','label_nrtr')}
     made |= {k: torch.ones(n, h, w) for k in ('threshold_mask','shrink_mask')}
     made |= {k: (torch.arange(w)>w/2).float().expand(n, h, w).contiguous() for k in ('threshold_map','shrink_map')}
     by_place = {i: k for k,i in sorted(target_places(config).items(), key=lambda o: o[0] in ('label_gtc',))}

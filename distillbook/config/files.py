@@ -66,7 +66,9 @@ def _check_side(config, side):
     named = side=='Eval' and not {'dataset','loader'} & set(section.values)
     for part in [Section(config, side, name) for name in section.values] if named else [section]:
         part.only(('dataset','loader'))
-        if 'dataset' in part: ignored += [k for k in _dotted(Section(config, *part.path, 'dataset')) if k.rpartition('.')[2] in SET_IGNORED]
+        if 'dataset' in part:
+            ignored += [k for k in _dotted(Section(config, *part.path, 'dataset'))
+                if k.rpartition('.')[2] in SET_IGNORED]
         if 'loader' in part: ignored += Section(config, *part.path, 'loader').only(LOADER_KEYS, LOADER_IGNORED)
     return ignored
 
@@ -104,7 +106,8 @@ def _check_losses(config):
     loss = Section(config).maybe('Loss')
     if loss.get('name')!='CombinedLoss' or 'Models' not in config['Architecture']: return
     rows = loss.get('loss_config_list')
-    if not isinstance(rows, list) or not rows: raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
+    if not isinstance(rows, list) or not rows:
+        raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
     for i in range(len(rows)): checked_row(config, i)
 
 def _check_nets(section, key):
@@ -137,7 +140,8 @@ def load_config(
     "The configuration in a file, checked"
     path = find_config(path)
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not text'}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not text'}") from e
     values,lines = parsed(text, path)
     if not isinstance(values or {}, dict):
         raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {str(values)[:60]}")
@@ -172,7 +176,8 @@ def _is_place(node, key): return isinstance(node, list) and key.isdecimal() and 
 def _step(node, key, where):
     if _is_place(node, key): return node[int(key)]
     if isinstance(node, dict) and key in node: return node[key]
-    raise unknown('key', key, node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0), where)
+    raise unknown('key', key, node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0),
+        where)
 
 # %% ../../nbs/config/08_files.ipynb #4ac5d44f
 def save_config(

@@ -42,7 +42,8 @@ def keep_keys(
     "What a batch for training holds"
     dataset = Section(config).maybe('Train', 'dataset')
     transforms = dataset.get('transforms') or []
-    if not isinstance(transforms, list): raise dataset.refuse(f"a list of operations is wanted, not {transforms!r}", 'transforms')
+    if not isinstance(transforms, list):
+        raise dataset.refuse(f"a list of operations is wanted, not {transforms!r}", 'transforms')
     found = next((o['KeepKeys'] for o in transforms if isinstance(o, dict) and 'KeepKeys' in o), None)
     keys = found.get('keep_keys') if isinstance(found, dict) else found
     if keys is None: return USUAL_KEYS[_usual(config)]
@@ -111,13 +112,15 @@ class Rows:
     def positions(self, names):
         "Of targets by name"
         for n in names:
-            if n not in self.places: raise UserError(f"the batch has no {n}: keep_keys of Train.dataset.transforms must name it")
+            if n not in self.places:
+                raise UserError(f"the batch has no {n}: keep_keys of Train.dataset.transforms must name it")
         return [self.places[n] for n in names]
 
     def term(self, fn, addresses, name, targets=(), weight=None, **keys):
         "A term of the row's weight"
         fn = partial(fn, **keys) if keys else fn
-        return Term(fn, *addresses, targets=self.positions(targets), weight=self.weight if weight is None else weight, name=name)
+        return Term(fn, *addresses, targets=self.positions(targets), weight=self.weight if weight is None else weight,
+            name=name)
 
     @property
     def sar_padding(self): return SARClasses(characters(self.config)).pad
@@ -133,7 +136,8 @@ def pairs_of(model_name_pairs):
     return [list(p) for p in pairs]
 
 def _paired(rows, fn, pairs, key, head, name, targets=(), **keys):
-    return [rows.term(fn, [rows.address(n, key, head) for n in pair], f'{name}_{i}', targets, **keys) for i,pair in enumerate(pairs_of(pairs))]
+    return [rows.term(fn, [rows.address(n, key, head) for n in pair], f'{name}_{i}', targets, **keys)
+        for i,pair in enumerate(pairs_of(pairs))]
 
 def _labelled(rows, fn, nets, key, head, name, targets, **keys):
     return [rows.term(fn, [rows.address(n, key, head)], f'{name}_{n}_{i}', targets, **keys) for i,n in enumerate(nets)]
@@ -141,7 +145,8 @@ def _labelled(rows, fn, nets, key, head, name, targets, **keys):
 # %% ../../nbs/config/04_losses.ipynb #3049e41b
 def ctc_row(rows, model_name_list, key:str=None, multi_head=False, use_focal_loss=False, name:str='loss_ctc'):
     "DistillationCTCLoss"
-    return _labelled(rows, ctc_loss, model_name_list, key, 'ctc', name, ['label_ctc','length'], focal=bool(use_focal_loss))
+    return _labelled(rows, ctc_loss, model_name_list, key, 'ctc', name, ['label_ctc','length'],
+        focal=bool(use_focal_loss))
 
 def sar_row(rows, model_name_list, key:str=None, multi_head=False, ignore_index:int=None, name:str='loss_sar'):
     "DistillationSARLoss"
@@ -150,25 +155,32 @@ def sar_row(rows, model_name_list, key:str=None, multi_head=False, ignore_index:
 
 def nrtr_row(rows, model_name_list, key:str=None, multi_head=False, smoothing=False, name:str='loss_nrtr'):
     "DistillationNRTRLoss; without smoothing it counts the padding as well, as in PaddleOCR's distillation"
-    return _labelled(rows, nrtr_loss, model_name_list, key, 'gtc', name, ['label_gtc'], smoothing=smoothing, ignore_padding=bool(smoothing))
+    return _labelled(rows, nrtr_loss, model_name_list, key, 'gtc', name, ['label_gtc'], smoothing=smoothing,
+        ignore_padding=bool(smoothing))
 
 # %% ../../nbs/config/04_losses.ipynb #462c73f9
-def dml_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, act:str=None, use_log=False, maps_name=None, name:str='dml'):
+def dml_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, act:str=None, use_log=False,
+    maps_name=None, name:str='dml'):
     "DistillationDMLLoss, of heads or of a detector's maps"
-    if maps_name is None: return _paired(rows, dml_paddle, model_name_pairs, key, dis_head, name, act=act, use_log=use_log)
+    if maps_name is None:
+        return _paired(rows, dml_paddle, model_name_pairs, key, dis_head, name, act=act, use_log=use_log)
     terms = []
     for maps in maps_name if isinstance(maps_name, list) else [maps_name]:
         if maps not in list(MAPS): raise unknown('map', maps, MAPS, 'maps_name')
-        terms += _paired(rows, dml_maps, model_name_pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps, act=act, use_log=use_log)
+        terms += _paired(rows, dml_maps, model_name_pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps,
+            act=act, use_log=use_log)
     return terms
 
-def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, mode:str='l2', name:str='loss_distance'):
+def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, mode:str='l2',
+    name:str='loss_distance'):
     "DistillationDistanceLoss"
     pairs = pairs_of(model_name_pairs)
-    return [rows.term(distance, [rows.address(n, key, None) for n in p], f'{name}_l2_{p[0]}_{p[1]}_{i}', mode=mode) for i,p in enumerate(pairs)]
+    return [rows.term(distance, [rows.address(n, key, None) for n in p], f'{name}_l2_{p[0]}_{p[1]}_{i}', mode=mode)
+        for i,p in enumerate(pairs)]
 
 # %% ../../nbs/config/04_losses.ipynb #1f57728f
-def dkd_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, alpha:float=1., beta:float=1., name:str='dkd'):
+def dkd_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, alpha:float=1., beta:float=1.,
+    name:str='dkd'):
     "DistillationDKDLoss"
     return _paired(rows, gtc_dkd, model_name_pairs, key, dis_head, name, ['label_gtc'], alpha=alpha, beta=beta)
 
@@ -176,7 +188,8 @@ def kl_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=
     "DistillationKLDivLoss"
     return _paired(rows, gtc_kl, model_name_pairs, key, dis_head, name, ['label_gtc'])
 
-def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, reduction=None, name:str='ctc_logits'):
+def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, reduction=None,
+    name:str='ctc_logits'):
     "DistillCTCLogits; it never reads `reduction`, as in PaddleOCR"
     return _paired(rows, ctc_logits_kd, model_name_pairs, key, 'ctc', name)
 
@@ -190,16 +203,19 @@ def _db_terms(rows, address, name, balance_loss, main_loss_type, alpha, beta, oh
             rows.term(db_binary, [address], f'{name}_binary_maps', SHRINK, eps=eps)]
 
 def db_row(rows, model_name_list, key:str=None, name:str='db',
-    balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3, eps:float=1e-6):
+    balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3,
+    eps:float=1e-6):
     "DistillationDBLoss"
     settings = (balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
     return [t for n in model_name_list for t in _db_terms(rows, f"{n}.{key or 'maps'}", f'{name}_{n}_loss', *settings)]
 
 def dila_row(rows, model_name_pairs, key:str=None, name:str='dila_dbloss',
-    balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3, eps:float=1e-6):
+    balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3,
+    eps:float=1e-6):
     "DistillationDilaDBLoss"
     settings = dict(balance=balance_loss, main=main_loss_type, alpha=alpha, beta=beta, ohem_ratio=ohem_ratio, eps=eps)
-    return [rows.term(dila_db, [f"{n}.{key or 'maps'}" for n in p], f'{name}_{p[0]}_{p[1]}', ['shrink_mask'], **settings) for p in pairs_of(model_name_pairs)]
+    return [rows.term(dila_db, [f"{n}.{key or 'maps'}" for n in p], f'{name}_{p[0]}_{p[1]}', ['shrink_mask'],
+        **settings) for p in pairs_of(model_name_pairs)]
 
 # %% ../../nbs/config/04_losses.ipynb #ac18c931
 TERM_KEYS = ('loss','on','weight','targets','name')
@@ -221,14 +237,17 @@ def term_row(rows):
     return [rows.term(fn, on, name, targets, **own)]
 
 # %% ../../nbs/config/04_losses.ipynb #0ba7bab2
-ROWS = Registry('loss', Term=term_row, DistillationDMLLoss=dml_row, DistillationDistanceLoss=distance_row, DistillationCTCLoss=ctc_row,
-    DistillationSARLoss=sar_row, DistillationNRTRLoss=nrtr_row, DistillationDKDLoss=dkd_row, DistillationKLDivLoss=kl_row,
+ROWS = Registry('loss', Term=term_row, DistillationDMLLoss=dml_row, DistillationDistanceLoss=distance_row,
+    DistillationCTCLoss=ctc_row,
+    DistillationSARLoss=sar_row, DistillationNRTRLoss=nrtr_row, DistillationDKDLoss=dkd_row,
+    DistillationKLDivLoss=kl_row,
     DistillCTCLogits=ctc_logits_row, DistillationDBLoss=db_row, DistillationDilaDBLoss=dila_row)
 
 # %% ../../nbs/config/04_losses.ipynb #79edef3e
 def ctc_alone(rows, use_focal_loss=False):
     "CTCLoss"
-    return [rows.term(ctc_loss, [_alone_at(rows, 'ctc')], 'CTCLoss', ['label_ctc','length'], focal=bool(use_focal_loss))]
+    return [rows.term(ctc_loss, [_alone_at(rows, 'ctc')], 'CTCLoss', ['label_ctc','length'],
+        focal=bool(use_focal_loss))]
 
 def sar_alone(rows, ignore_index:int=None):
     "SARLoss"
@@ -239,7 +258,8 @@ def nrtr_alone(rows, smoothing=True):
     "NRTRLoss"
     return [rows.term(nrtr_loss, [_alone_at(rows, 'gtc')], 'NRTRLoss', ['label_gtc'], smoothing=smoothing)]
 
-def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3, eps:float=1e-6):
+def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10,
+    ohem_ratio:float=3, eps:float=1e-6):
     "DBLoss"
     return _db_terms(rows, 'Model.maps', 'loss', balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
 
@@ -265,7 +285,8 @@ def checked_row(
     "A row whose name, keys and networks are right"
     loss = Section(config, 'Loss')
     row = loss.get('loss_config_list')[i]
-    if not isinstance(row, dict) or len(row)!=1: raise loss.refuse(f"one loss with its keys is wanted, not {row!r}", 'loss_config_list', i)
+    if not isinstance(row, dict) or len(row)!=1:
+        raise loss.refuse(f"one loss with its keys is wanted, not {row!r}", 'loss_config_list', i)
     name, = row
     section = Section(config, 'Loss', 'loss_config_list', i, name)
     if name not in ROWS: raise section.unknown('loss', name, ROWS)
@@ -281,7 +302,8 @@ def _check_networks(row):
     if 'model_name_pairs' in row:
         with row.blame('model_name_pairs'): nets = sum(pairs_of(row.get('model_name_pairs')), [])
     for n in nets:
-        if known and n not in known: raise row.unknown('net', n, known, 'model_name_list' if 'model_name_list' in row else 'model_name_pairs')
+        if known and n not in known:
+            raise row.unknown('net', n, known, 'model_name_list' if 'model_name_list' in row else 'model_name_pairs')
 
 def row_terms(
     config:dict, i:int, # The whole configuration, and which row of `loss_config_list`
@@ -308,7 +330,8 @@ def build_terms(
     "The terms of `Loss`"
     loss = Section(config).maybe('Loss')
     name = loss.get('name')
-    if not isinstance(name, str) or (name not in LOSS_NAMES and '.' not in name): raise loss.unknown('loss', name, LOSS_NAMES, 'name')
+    if not isinstance(name, str) or (name not in LOSS_NAMES and '.' not in name):
+        raise loss.unknown('loss', name, LOSS_NAMES, 'name')
     if name in LOSS_KEYS: loss.only(LOSS_KEYS[name])
     if name=='CombinedLoss': return _told_apart([t for i in range(len(_listed(loss))) for t in row_terms(config, i)])
     if config.get('Architecture') and net_names(config)!=['Model']:
@@ -320,13 +343,15 @@ def build_terms(
 
 def _listed(loss):
     rows = loss.get('loss_config_list')
-    if not isinstance(rows, list) or not rows: raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
+    if not isinstance(rows, list) or not rows:
+        raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
     return rows
 
 # %% ../../nbs/config/04_losses.ipynb #929e79e5
 def _of_multi_loss(loss, i, row):
     "The terms of one row of a `MultiLoss`, whose weights stand beside the list"
-    if not isinstance(row, dict) or len(row)!=1: raise loss.refuse(f"one loss with its keys is wanted, not {row!r}", 'loss_config_list', i)
+    if not isinstance(row, dict) or len(row)!=1:
+        raise loss.refuse(f"one loss with its keys is wanted, not {row!r}", 'loss_config_list', i)
     name, = row
     section = Section(loss.config, *loss.path, 'loss_config_list', i, name)
     if name not in ALONE: raise section.unknown('loss', name, ALONE)
@@ -364,7 +389,8 @@ def build_loss(
         batch, # In the order of `keep_keys`, the picture first
     )->Tensor: # Scalar
         outs = dict(Model=preds) if alone and not (isinstance(preds, dict) and 'Model' in preds) else preds
-        values = {t.name: t.weight_at(0.)*t(*[_output(outs, a) for a in t.addresses], targets=tuple(batch[1:])) for t in terms}
+        values = {t.name: t.weight_at(0.)*t(*[_output(outs, a) for a in t.addresses], targets=tuple(batch[1:]))
+            for t in terms}
         loss.parts = {k: v.detach() for k,v in values.items()}
         return sum(values.values())
 

@@ -124,13 +124,15 @@ def net_names(
     "The networks that a configuration names; one without a name is called `Model`"
     arch = Section(config).section('Architecture')
     models = arch.get('Models')
-    if 'Models' in arch and not (isinstance(models, dict) and models): raise arch.refuse(f"networks with names are wanted, not {models!r}", 'Models')
+    if 'Models' in arch and not (isinstance(models, dict) and models):
+        raise arch.refuse(f"networks with names are wanted, not {models!r}", 'Models')
     if 'Models' in arch and arch.get('name', 'DistillationModel')!='DistillationModel':
         raise arch.unknown('architecture', arch.get('name'), ['DistillationModel'], 'name')
     return list(models or ['Model'])
 
 # %% ../../nbs/config/03_networks.ipynb #0429ffc7
-NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform', 'Backbone', 'Neck', 'Head')
+NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform',
+    'Backbone', 'Neck', 'Head')
 
 def _named_part(arch, key):
     "A section that has a name"
@@ -145,7 +147,8 @@ def _backbone(arch, kind):
     if name.startswith('timm.'): net = _timm(part, kind)
     else: net = build(BACKBONES[kind].find(name, part, 'name'), part)
     channels = getattr(net, 'out_channels', None)
-    if kind=='rec' and not isinstance(channels, int): raise part.refuse(f"{name} must say in `out_channels` how many channels its map has", 'name')
+    if kind=='rec' and not isinstance(channels, int):
+        raise part.refuse(f"{name} must say in `out_channels` how many channels its map has", 'name')
     if kind=='det' and not (isinstance(channels, (list,tuple)) and len(channels)==4):
         raise part.refuse(f"{name} must say in `out_channels` how many channels each of its four maps has, not {channels!r}", 'name')
     return net
@@ -165,7 +168,8 @@ def _sequence_encoder(part, key, in_channels):
     skip = ('name', key)
     if name!='reshape':
         return SequenceEncoder(build(ENCODERS.find(name, part, key), part, skip, in_channels=in_channels))
-    if own := [k for k in part.values if k not in skip]: raise part.refuse(f"the neck 'reshape' takes no arguments, but here are {', '.join(own)}")
+    if own := [k for k in part.values if k not in skip]:
+        raise part.refuse(f"the neck 'reshape' takes no arguments, but here are {', '.join(own)}")
     return SequenceEncoder(out_channels=in_channels)
 
 def _rec_neck(arch, in_channels):
@@ -189,7 +193,8 @@ def _rec_head(arch, in_channels, characters):
 def _multi_head(part, in_channels, characters):
     part.only(('name','head_list'), kind='argument of MultiHead')
     sections = _listed_heads(part)
-    if 'CTCHead' not in sections: raise part.refuse(f"there is no CTCHead among {', '.join(sections) or 'nothing'}", 'head_list')
+    if 'CTCHead' not in sections:
+        raise part.refuse(f"there is no CTCHead among {', '.join(sections) or 'nothing'}", 'head_list')
     ctc = sections.pop('CTCHead')
     ctc.only(('Neck','Head'))
     if not ctc.get('Neck'): raise ctc.refuse("there is no Neck")
@@ -198,7 +203,8 @@ def _multi_head(part, in_channels, characters):
     heads = dict(ctc_head=_head(HEADS['rec']['CTCHead'], own, neck.out_channels, characters))
     for name,section in sections.items():
         cls = HEADS['rec'].find(name, section)
-        if not isinstance(getattr(cls, 'output', None), str): raise section.refuse(f"{name} must say in `output` what its output is called")
+        if not isinstance(getattr(cls, 'output', None), str):
+            raise section.refuse(f"{name} must say in `output` what its output is called")
         heads[f'{cls.output}_head'] = _head(cls, section, in_channels, characters, skip=())
     return MultiHead(neck, **heads)
 
@@ -243,7 +249,8 @@ def build_det(
     arch = _checked_arch(arch if isinstance(arch, Section) else Section(dict(Architecture=arch), 'Architecture'))
     backbone = _backbone(arch, 'det')
     neck_part,head_part = _named_part(arch, 'Neck'),_named_part(arch, 'Head')
-    neck = build(NECKS['det'].find(neck_part.get('name'), neck_part, 'name'), neck_part, in_channels=backbone.out_channels)
+    neck = build(NECKS['det'].find(neck_part.get('name'), neck_part, 'name'), neck_part,
+        in_channels=backbone.out_channels)
     head = build(HEADS['det'].find(head_part.get('name'), head_part, 'name'), head_part, in_channels=neck.out_channels)
     return DetModel(backbone, neck, head, arch.read('return_all_feats', bool, False))
 
@@ -304,8 +311,10 @@ RELEASED_KEYS = ('pretrained','freeze_params','cache','bf16','compile','model_ty
 
 def _released_net(config, part):
     part.only(RELEASED_KEYS)
-    if not part.get('pretrained'): raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
-    if not part.get('freeze_params'): raise part.refuse("a network without Backbone and Head is a released one, which can only teach: freeze_params: true")
+    if not part.get('pretrained'):
+        raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
+    if not part.get('freeze_params'):
+        raise part.refuse("a network without Backbone and Head is a released one, which can only teach: freeze_params: true")
     with part.blame('pretrained'): loaded = load_teacher(part.read('pretrained', str), task=task(config))
     if task(config)=='det': return _cached(config, part, loaded)
     net,alphabet = loaded
@@ -315,10 +324,12 @@ def _released_net(config, part):
 def _cached(config, part, net):
     "With its answers kept, if the configuration asks for that"
     if not part.get('cache'): return net
-    folder = Path(config['Global'].get('save_model_dir') or 'output')/'answers' if part.get('cache') is True else Path(part.read('cache', str))
+    folder = Path(config['Global'].get('save_model_dir')
+        or 'output')/'answers' if part.get('cache') is True else Path(part.read('cache', str))
     weights = hashlib.sha256(teacher_file(part.get('pretrained')).read_bytes()).hexdigest()
     classes = hashlib.sha256(''.join(characters(config)).encode()).hexdigest() if task(config)=='rec' else ''
-    return CachedNet(net, folder/f"{Path(part.get('pretrained')).stem}.bin", f"{part.get('pretrained')} {weights} {classes}").eval()
+    return CachedNet(net, folder/f"{Path(part.get('pretrained')).stem}.bin",
+        f"{part.get('pretrained')} {weights} {classes}").eval()
 
 # %% ../../nbs/config/03_networks.ipynb #cb93243c
 class DistillationModel(Nets):
@@ -353,14 +364,16 @@ def _begun_as(config, part, made):
     "A network that begins with another one's weights"
     other = part.read('init', str)
     if other not in made: raise part.unknown('net before this one', other, made, 'init')
-    if part.get('pretrained'): raise part.refuse("either init or pretrained says with which weights a network begins", 'init')
+    if part.get('pretrained'):
+        raise part.refuse("either init or pretrained says with which weights a network begins", 'init')
     if not (part.get('Backbone') or part.get('Head')):
         part.only(('init','freeze_params'))
         return copy.deepcopy(made[other])
     net = _built(config, part)
     with part.blame('init'):
         try: net.load_state_dict(made[other].state_dict())
-        except RuntimeError as e: raise UserError(f"{other} is of another shape: {str(e).splitlines()[-1].strip()}") from None
+        except RuntimeError as e:
+            raise UserError(f"{other} is of another shape: {str(e).splitlines()[-1].strip()}") from None
     return net
 
 # %% ../../nbs/config/03_networks.ipynb #119e0448
@@ -370,7 +383,8 @@ def _flagged(config, key):
     for name in net_names(config):
         part = Section(config, 'Architecture', 'Models', name)
         wanted = part.read(key, bool, False)
-        if wanted and not part.get('freeze_params'): raise part.refuse("this is for a network that only teaches: freeze_params: true", key)
+        if wanted and not part.get('freeze_params'):
+            raise part.refuse("this is for a network that only teaches: freeze_params: true", key)
         if wanted: found.append(name)
     return found
 
@@ -409,4 +423,5 @@ def _remapped(config, path):
     known = sum(c in before for c in now.chars)
     log.info('%s: of %d characters, %d were known to the weights; the others begin anew', path, len(now.chars), known)
     if not isinstance(model, Nets): return remap_classes(model, before, now)
-    return DistillationModel({n: remap_classes(model[n], before, now) for n in model.names}, list(model.frozen), model.bf16)
+    return DistillationModel({n: remap_classes(model[n], before, now) for n in model.names}, list(model.frozen),
+        model.bf16)

@@ -33,7 +33,8 @@ class Registry(dict):
     ):
         "What a name stands for"
         if isinstance(name, str) and name in self: return self[name]
-        if not isinstance(name, str) or '.' not in name: raise section.unknown(self.kind, name, [*self, 'package.module.Name'], *keys)
+        if not isinstance(name, str) or '.' not in name:
+            raise section.unknown(self.kind, name, [*self, 'package.module.Name'], *keys)
         with section.blame(*keys): return self.own(name)
 
 # %% ../../nbs/config/02_registry.ipynb #8784b989
@@ -62,7 +63,8 @@ def own(self:Registry,
     is_class = isinstance(found, type)
     if self.base and not (is_class and issubclass(found, self.base)):
         raise UserError(f"{name} is no class made from {self.base.__module__}.{self.base.__name__}, as a {self.kind} has to be")
-    if not is_class and not inspect.isfunction(found): raise UserError(f"{name} is no class and no function, and so no {self.kind}")
+    if not is_class and not inspect.isfunction(found):
+        raise UserError(f"{name} is no class and no function, and so no {self.kind}")
     return found
 
 # %% ../../nbs/config/02_registry.ipynb #64e2dc95
@@ -136,10 +138,13 @@ from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, 
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
 
 BACKBONES = dict(
-    rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance, PlainBackbone=rec_backbone.PlainBackbone),
+    rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
+        PlainBackbone=rec_backbone.PlainBackbone),
     det=Registry('backbone', nn.Module, **det_backbone.BACKBONES))
-ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN, svtr=rec_neck.EncoderWithSVTR)
-NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder), det=Registry('neck', nn.Module, **det_neck.NECKS))
+ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
+    svtr=rec_neck.EncoderWithSVTR)
+NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),
+    det=Registry('neck', nn.Module, **det_neck.NECKS))
 HEADS = dict(
     rec=Registry('head', nn.Module, CTCHead=rec_nets.CTCHead, SARHead=sar.SARHead, MultiHead=rec_nets.MultiHead),
     det=Registry('head', nn.Module, DBHead=det_nets.DBHead))
@@ -153,16 +158,19 @@ from ..rec import losses as rec_losses
 from ..det import losses as det_losses
 
 LOSSES = Registry('loss',
-    **{f.__name__: f for f in (losses.kd, losses.dml, losses.dkd, losses.dist, losses.distance, losses.cosine, losses.attention_transfer)},
+    **{f.__name__: f for f in (losses.kd, losses.dml, losses.dkd, losses.dist, losses.distance, losses.cosine,
+        losses.attention_transfer)},
     dml_paddle=losses.dml_paddle, kl_paddle=losses.kl_paddle,
-    **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss, rec_losses.nrtr_loss)},
+    **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss,
+        rec_losses.nrtr_loss)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss)})
 
 # %% ../../nbs/config/02_registry.ipynb #c5607c49
 from ..rec import decode
 from ..det import boxes, metric
 
-DECODERS = Registry('decoder', CTCLabelDecode=decode.CTCDecoder, SARLabelDecode=decode.SARDecoder, DBPostProcess=boxes.DBPostProcess)
+DECODERS = Registry('decoder', CTCLabelDecode=decode.CTCDecoder, SARLabelDecode=decode.SARDecoder,
+    DBPostProcess=boxes.DBPostProcess)
 METRICS = Registry('metric', RecMetric=decode.RecMetric, DetMetric=metric.DetMetric)
 
 # %% ../../nbs/config/02_registry.ipynb #c93a435f
@@ -172,9 +180,12 @@ from ..det import augment as det_augment, operations as det_ops, render as det_r
 
 OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=data_ops.KeepKeys,
     **{c.__name__: c for c in (rec_augment.RecAug, rec_augment.RecConAug, rec_ops.RecResizeImg)},
-    CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode, MultiLabelEncode=rec_ops.MultiLabelEncode,
-    **{c.__name__: c for c in (det_augment.ColorJitter, det_augment.CopyPaste, det_augment.EastRandomCropData, det_augment.IaaAugment)},
-    **{c.__name__: c for c in (det_ops.DetLabelEncode, det_ops.DetResizeForTest, det_ops.NormalizeImage, det_ops.ToCHWImage)},
+    CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode,
+    MultiLabelEncode=rec_ops.MultiLabelEncode,
+    **{c.__name__: c for c in (det_augment.ColorJitter, det_augment.CopyPaste, det_augment.EastRandomCropData,
+        det_augment.IaaAugment)},
+    **{c.__name__: c for c in (det_ops.DetLabelEncode, det_ops.DetResizeForTest, det_ops.NormalizeImage,
+        det_ops.ToCHWImage)},
     **{c.__name__: c for c in (targets.MakeBorderMap, targets.MakeShrinkMap)})
 
 # %% ../../nbs/config/02_registry.ipynb #61f3bef8

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from ..core import UserError, unknown
 
 # %% ../../nbs/config/01_values.ipynb #4ff5666e
-KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a section'}
+KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list',
+    dict: 'a section'}
 
 def wanted(
     kind:type, # One of `KINDS`
@@ -76,7 +77,8 @@ def count_values(
     counts[id(node)] = 0
     n = 1 + sum(count_values(o, counts, depth+1) for o in _children(node))
     counts[id(node)] = n
-    if n>MOST_VALUES: raise UserError(f"not YAML that can be used: with its anchors written out it has more than {MOST_VALUES} values")
+    if n>MOST_VALUES:
+        raise UserError(f"not YAML that can be used: with its anchors written out it has more than {MOST_VALUES} values")
     return n
 
 def _children(node):
@@ -91,7 +93,8 @@ class TextKeys(yaml.SafeLoader):
 @patch
 def construct_mapping(self:TextKeys, node, deep=False):
     for key,_ in getattr(node, 'value', ()):
-        if isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool' and key.value.lower() not in ('true','false'):
+        if isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool' and key.value.lower() not in ('true',
+            'false'):
             key.tag = 'tag:yaml.org,2002:str'
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
