@@ -120,12 +120,16 @@ def _why(error):
 # %% ../../nbs/config/01_values.ipynb #8c42798d
 class Config(dict):
     "A configuration that knows its file and the line of each key"
-    path,lines = '',{}
+    def __init__(self,
+        values=(), # A dict; a `Config` hands on its file and lines
+    ):
+        super().__init__(values)
+        self.path,self.lines = getattr(values, 'path', ''),getattr(values, 'lines', {})
 
     def copy_with(self, **sections):
         "The same file with other sections"
-        other = Config({**self, **sections})
-        other.path,other.lines = self.path,self.lines
+        other = Config(self)
+        other.update(sections)
         return other
 
 def place_of(
