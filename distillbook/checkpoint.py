@@ -288,7 +288,7 @@ class Checkpoint(Callback):
 def before_fit(self:Checkpoint):
     self.run,self.asked = not hasattr(self.learn, 'lr_finder'),None
     if not self.run: return
-    self.setup,self.frozen = setup(self.learn),frozen_hashes(get_model(self.learn.model))
+    self.setup,self.hashes = setup(self.learn),frozen_hashes(get_model(self.learn.model))
     if self.resume: self.go_on()
     if threading.current_thread() is threading.main_thread(): self._take_signals()
 
@@ -351,7 +351,7 @@ def save_last(self:Checkpoint,
 ):
     "The state in a file, written by the first of several processes"
     if rank_distrib(): return
-    state = run_state(self.learn, self.frozen, batch=batch, best=self.best, start=self.start, setup=self.setup)
+    state = run_state(self.learn, self.hashes, batch=batch, best=self.best, start=self.start, setup=self.setup)
     save_file(state, path or self.last_file)
 
 def _inside(state): return state if state and state['batch'] is not None else None
@@ -368,7 +368,7 @@ def save_best(self:Checkpoint):
     if math.isnan(value) or (self.best is not None and sign*value < sign*self.best): return
     self.best = value
     if rank_distrib(): return
-    state = dict(model=self._state_of(name), frozen=self.frozen, net=name, monitor=monitor, value=value)
+    state = dict(model=self._state_of(name), frozen=self.hashes, net=name, monitor=monitor, value=value)
     save_file(state | dict(epoch=self.epoch), self.best_file)
 
 @patch
@@ -385,7 +385,7 @@ def go_on(self:Checkpoint):
     path = Path(self.resume)
     if path.suffix!='.pth': path = path.with_name(f'{path.name}.pth')
     state = load_file(path)
-    check_same(state, self.setup, self.n_epoch, path, self.frozen)
+    check_same(state, self.setup, self.n_epoch, path, self.hashes)
     take_up(self.learn, state)
     beside = path.with_name(self.best_file.name)
     if not rank_distrib() and not self.best_file.exists() and beside.exists():
