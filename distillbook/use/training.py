@@ -146,7 +146,7 @@ def measure(self:EvalEvery):
 def save(self:EvalEvery, checkpoint, numbers):
     nets = get_model(self.learn.model)
     model = {k: v.cpu() for k,v in without_frozen(nets).items()}
-    state = dict(model=model, frozen=checkpoint.frozen, metrics=numbers)
+    state = dict(model=model, frozen=checkpoint.hashes, metrics=numbers)
     save_file({**state, 'indicator': self.indicator, 'epoch': self.epoch, 'step': self.step}, checkpoint.best_file)
 
 # %% ../../nbs/use/03_training.ipynb #20c15f06
