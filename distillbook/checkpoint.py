@@ -115,10 +115,19 @@ def state_hash(
     net:nn.Module,
 )->str: # 32 hexadecimal digits
     "The same for two networks if names, shapes, types and numbers of their tensors are the same"
-    while isinstance(net, CachedNet): net = net.net
     h = hashlib.blake2b(digest_size=16)
-    for k,v in sorted(net.state_dict().items()): h.update(_as_bytes(k, v))
+    for k,v in sorted(_state_without_caches(net).items()): h.update(_as_bytes(k, v))
     return h.hexdigest()
+
+def _state_without_caches(net):
+    "The state under the names that it has where no answers are kept"
+    state = net.state_dict()
+    for name,m in reversed(list(net.named_modules())):
+        if not isinstance(m, CachedNet): continue
+        outer = f'{name}.' if name else ''
+        inner = f'{outer}net.'
+        state = {outer+k.removeprefix(inner) if k.startswith(inner) else k: v for k,v in state.items()}
+    return state
 
 def _as_bytes(name, v):
     if not isinstance(v, torch.Tensor): return f'{name} {v!r}'.encode()
