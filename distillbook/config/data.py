@@ -129,8 +129,7 @@ def build_set(
     "The lines or pages of one side"
     side = side or ('Train',)
     dataset = Section(config).section(*side, 'dataset')
-    shared = Section(config).maybe('Global').read('seed', int, None, least=0)
-    seed = dataset.read('seed', int, None, least=0) or shared or 1024
+    seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
     operations,keep = build_operations(config, *dataset.path, 'transforms')
     joins = dataset.get('ext_op_transform_idx', 2 if dataset.get('name')=='SimpleDataSet' else 1)
