@@ -13,7 +13,7 @@ __all__ = ['WRONG_ARGUMENTS', 'BACKBONES', 'ENCODERS', 'NECKS', 'HEADS', 'TIMM',
 # %% ../../nbs/config/02_registry.ipynb #317081a2
 import importlib, inspect
 from torch import nn, optim
-from ..core import UserError
+from ..core import UserError, unknown
 from .values import KINDS, Section, as_kind
 
 # %% ../../nbs/config/02_registry.ipynb #233dd24b
@@ -48,7 +48,7 @@ def imported(
     except (ImportError, ValueError) as e: raise UserError(f"no {kind} {name!r}: {e}") from None
     if not hasattr(module, attribute):
         near = [k for k,v in vars(module).items() if isinstance(v, type) or inspect.isfunction(v)]
-        raise Section({}).unknown(f'class or function in {package}', attribute, near)
+        raise unknown(f'class or function in {package}', attribute, near)
     return getattr(module, attribute)
 
 # %% ../../nbs/config/02_registry.ipynb #301fe44c
