@@ -291,7 +291,7 @@ def _picture_shape(config):
 def example_batch(
     config:dict, # The whole configuration
     n:int=2, # Pictures
-)->tuple: # Pictures, and a list of targets
+)->tuple: # The inputs, of which there is one, and a list of targets
     "A made batch of the shapes that a configuration trains on"
     c,h,w = _picture_shape(config) if task(config)=='rec' else (3,96,96)
     length = config['Global'].get('max_text_length') or 25
@@ -301,4 +301,4 @@ def example_batch(
     made |= {k: torch.ones(n, h, w) for k in ('threshold_mask','shrink_mask')}
     made |= {k: (torch.arange(w)>w/2).float().expand(n, h, w).contiguous() for k in ('threshold_map','shrink_map')}
     by_place = {i: k for k,i in sorted(target_places(config).items(), key=lambda o: o[0] in ('label_gtc',))}
-    return torch.randn(n, c, h, w),[made.get(by_place[i], torch.zeros(n)) for i in sorted(by_place)]
+    return (torch.randn(n, c, h, w),),[made.get(by_place[i], torch.zeros(n)) for i in sorted(by_place)]
