@@ -82,6 +82,7 @@ def check(
     config:dict, # The whole configuration
 )->list: # Keys that are accepted and change nothing
     "Refuse unknown keys, losses and networks; `UserError` says where and what is near"
+    Section(config).only(SECTIONS, ['profiler_options'])
     net_names(config)
     ignored = check_keys(config)
     if config.get('WithoutTeacher'): check(_without_teacher(config))
@@ -145,24 +146,24 @@ def load_config(
     values,lines = parsed(text, path)
     if not isinstance(values or {}, dict):
         raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {str(values)[:60]}")
-    config = Config(_unshared(values or {}))
+    config = Config(_unshared(values or {}, path))
     config.path,config.lines = str(path),lines
     for override in overrides or (): _set(config, override)
     if ignored := check(config): log.info("%s: accepted, and of no effect here: %s", path, ', '.join(ignored))
     return config
 
-def _unshared(values, above=()):
+def _unshared(values, source, above=()):
     "A copy in which nothing stands in two places, as anchors make it"
-    if id(values) in above: raise UserError("not YAML that can be used: an anchor holds itself")
+    if id(values) in above: raise UserError(f"{source}: not YAML that can be used: an anchor holds itself")
     above = (*above, id(values))
-    if isinstance(values, dict): return {k: _unshared(v, above) for k,v in values.items()}
-    return [_unshared(v, above) for v in values] if isinstance(values, list) else values
+    if isinstance(values, dict): return {k: _unshared(v, source, above) for k,v in values.items()}
+    return [_unshared(v, source, above) for v in values] if isinstance(values, list) else values
 
 # %% ../../nbs/config/08_files.ipynb #144fa4ec
 def _set(config, override):
     key,equals,value = override.partition('=')
     if not equals: raise UserError(f"-o {override}: an override looks like Global.seed=1")
-    value = parsed(value, f'-o {override}')[0]
+    value = _unshared(parsed(value, f'-o {override}')[0], f'-o {override}')
     *path,last = key.split('.')
     node = config
     for i,k in enumerate(path): node = _step(node, k, f"-o {override}: {'.'.join(path[:i]) or 'top level'}")
