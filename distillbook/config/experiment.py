@@ -13,7 +13,7 @@ __all__ = ['log', 'PRECISIONS', 'eval_steps', 'run_settings', 'picture_settings'
 import logging
 from functools import partial
 from pathlib import Path
-import torch
+import numpy as np, torch
 from fastai.basics import set_seed
 from fastai.data.core import DataLoaders
 from ..checkpoint import load_file
@@ -121,8 +121,9 @@ def prepared(
     "A picture as the networks want it"
     try: sample = dict(image=Path(path).read_bytes())
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
+    rng = np.random.default_rng(0) # For an operation that leaves something to chance in an evaluation too
     try:
-        for operation in operations: sample = operation(sample, None)
+        for operation in operations: sample = operation(sample, rng)
     except UserError as e: raise UserError(f"{path}: {e}") from None
     return sample['image'],sample.get('shape')
 
