@@ -148,7 +148,7 @@ def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', hel
 
 # %% ../nbs/use/08_cli.ipynb #7e037098
 def _train(cfg):
-    from distillbook.config.experiment import experiment
+    from distillbook.config.assembly import experiment
     from distillbook.use.training import ShowEvals, ShowProgress, show_summary, train
     exp = experiment(cfg)
     exp.run.cbs = [*exp.run.cbs, ShowProgress(errors), ShowEvals(console)]
@@ -168,7 +168,7 @@ def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[s
     """
     with one_line_errors():
         cfg = load(config, run, [*override, *ctx.args])
-        from distillbook.config.experiment import outline
+        from distillbook.config.assembly import outline
         from distillbook.use.report import draw_summary, setup, summary
         ready = setup(outline(cfg))
         found = summary(ready)
@@ -196,7 +196,7 @@ def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
     """
     with one_line_errors():
         cfg = load(config, None, [*override, *ctx.args])
-        from distillbook.config.experiment import experiment
+        from distillbook.config.assembly import experiment
         from distillbook.use.report import lr_find
         found = lr_find(experiment(cfg), steps)
         if draw: save_picture(found.plot(), draw)
@@ -214,7 +214,7 @@ def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[
     """
     with one_line_errors():
         cfg = load_trained(config, run, [*override, *ctx.args])
-        from distillbook.config.experiment import ready_networks
+        from distillbook.config.assembly import ready_networks
         from distillbook.use.training import evaluate_sets
         got = evaluate_sets(ready_networks(cfg, evals=True), bar('measuring'))
         if list(got)==['eval']: got = got['eval']
@@ -251,7 +251,7 @@ def predict(
 # %% ../nbs/use/08_cli.ipynb #87983d47
 def _predicted(run, config, images, overrides):
     cfg = load_trained(config, run, overrides)
-    from distillbook.config.experiment import ready_networks
+    from distillbook.config.assembly import ready_networks
     from distillbook.data.pictures import image_paths
     from distillbook.use.results import draw_found, predict, save_reads
     if not images and not cfg['Global'].get('infer_img'): raise UserError("which pictures?")
@@ -348,7 +348,7 @@ def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[st
         for p in made: say(f'{p}  {p.stat().st_size/1e6:.2f} MB')
 
 def _exported(cfg, run, net, to, out, ensemble):
-    from distillbook.config.experiment import ready_networks
+    from distillbook.config.assembly import ready_networks
     from distillbook.use.export import export_trained
     from distillbook.use.results import trained
     exp = ready_networks(cfg)

@@ -17,7 +17,7 @@ HOMES = dict(
     evaluation='build_decoder build_metric'.split(),
     data='build_dls build_dl build_set build_evals'.split(),
     optimizer='build_optimizer lr_schedule'.split(),
-    experiment='experiment outline ready_networks build_learner'.split())
+    assembly='experiment outline ready_networks build_learner'.split())
 
 # %% ../../nbs/config/00_config.ipynb #c0f19005
 __all__ = [name for names in HOMES.values() for name in names]

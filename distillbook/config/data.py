@@ -119,6 +119,7 @@ def _label_files(dataset):
     if not isinstance(files, (list,tuple)) or not all(isinstance(f, str) for f in files):
         raise dataset.refuse(f"a list of files is wanted, not {files!r}", 'label_file_list')
     if dataset.get('name')!='SimpleDataSet': return list(files)
+    if not files: raise dataset.refuse("no label files", 'label_file_list')
     with dataset.blame('label_file_list'): return [existing(f) for f in files]
 
 # %% ../../nbs/config/05_data.ipynb #934a9472

@@ -7,9 +7,9 @@ Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 # %% auto #0
 __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'LOSS_KEYS', 'LOSS_NAMES', 'keep_keys',
            'target_places', 'many_heads', 'has_many_heads', 'Rows', 'pairs_of', 'ctc_row', 'sar_row', 'nrtr_row',
-           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'db_row', 'dila_row', 'term_row',
-           'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row', 'row_terms', 'build_terms',
-           'build_loss']
+           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'check_main_loss', 'db_row', 'dila_row',
+           'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row', 'row_terms',
+           'build_terms', 'build_loss']
 
 # %% ../../nbs/config/04_losses.ipynb #9767a4d3
 import inspect
@@ -25,7 +25,7 @@ from ..terms import Term
 from .networks import characters, net_names, task
 from .registry import LOSSES, Registry, WEIGHTS, arguments, build, called
 from .values import Section
-from ..det.losses import MAPS, db_binary, db_shrink, db_threshold, dila_db, dml_maps
+from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_shrink, db_threshold, dila_db, dml_maps
 from ..rec.labels import SARClasses
 from ..rec.losses import ctc_logits_kd, ctc_loss, gtc_dkd, gtc_kl, nrtr_loss
 from ..rec.sar import sar_loss
@@ -196,7 +196,13 @@ def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_h
 # %% ../../nbs/config/04_losses.ipynb #8f0ef7a8
 SHRINK,THRESHOLD = ['shrink_map','shrink_mask'],['threshold_map','threshold_mask']
 
+def check_main_loss(name):
+    "A loss of the shrink map by its name"
+    known = [*MAP_LOSSES, *PIXEL_LOSSES]
+    if name not in known: raise unknown('main loss', name, known, 'main_loss_type')
+
 def _db_terms(rows, address, name, balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps):
+    check_main_loss(main_loss_type)
     settings = dict(balance=balance_loss, main=main_loss_type, ohem_ratio=ohem_ratio)
     return [rows.term(db_shrink, [address], f'{name}_shrink_maps', SHRINK, alpha=alpha, eps=eps, **settings),
             rows.term(db_threshold, [address], f'{name}_threshold_maps', THRESHOLD, beta=beta, eps=eps),
@@ -213,6 +219,7 @@ def dila_row(rows, model_name_pairs, key:str=None, name:str='dila_dbloss',
     balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3,
     eps:float=1e-6):
     "DistillationDilaDBLoss"
+    check_main_loss(main_loss_type)
     settings = dict(balance=balance_loss, main=main_loss_type, alpha=alpha, beta=beta, ohem_ratio=ohem_ratio, eps=eps)
     return [rows.term(dila_db, [f"{n}.{key or 'maps'}" for n in p], f'{name}_{p[0]}_{p[1]}', ['shrink_mask'],
         **settings) for p in pairs_of(model_name_pairs)]

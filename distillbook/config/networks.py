@@ -348,12 +348,16 @@ def _one_net(config, name, made, load):
     part = Section(config, 'Architecture', 'Models', name)
     if part.get('init') is not None: return _begun_as(config, part, made)
     if not (part.get('Backbone') or part.get('Head')): return _released_net(config, part)
-    released = _with_values(part, as_released(part.values))
-    net = _built(config, released)
+    net = _built(config, _with_part(config, part))
     path = part.read('pretrained', str, None) if load is None or name in load else None
     with part.blame('pretrained'):
         if path: load_into(net, path)
     return net
+
+def _with_part(config, part):
+    "The section of a network as its file holds it"
+    models = {**config['Architecture']['Models'], part.path[-1]: as_released(part.values)}
+    return Section(Config(config).copy_with(Architecture={**config['Architecture'], 'Models': models}), *part.path)
 
 def _built(config, part):
     kind = task(config)
