@@ -5,7 +5,7 @@ import cv2, numpy as np, pytest, torch
 from distillbook.config import build_decoder
 from distillbook.core import UserError
 from benchmarks.boxes import batch_of, loop, same
-from distillbook.det.boxes import DBPostProcess, draw_boxes, draw_found, mean_inside, missed_words, order_corners, outlines, rectangles, unclip_distance
+from distillbook.det.boxes import DBPostProcess, draw_boxes, mean_inside, order_corners, outlines, rectangles, unclip_distance
 from distillbook.det.geometry import offset_polygon, to_shapely
 
 Z = np.load(Path(__file__).parent/'golden'/'post_det.npz')
@@ -152,39 +152,6 @@ def test_from_a_configuration():
     assert list(got)==['Student','Student2']
     want = Z['DB_quad_fast_dil0_0.3_0.6_1.5|out|b0']
     for net in got: assert np.array_equal(got[net][0]['points'], want)
-
-# ---- what was found, drawn
-
-def found_page(seed=0, n=2):
-    "Normalised pages with padding, shapes, words, tags, and what a detector found"
-    rng = np.random.default_rng(seed)
-    words = [np.float32([[[10,10],[60,10],[60,30],[10,30]], [[80,50],[140,50],[140,70],[80,70]], [[10,60],[50,60],[50,80],[10,80]]])]*n
-    tags,shape = [np.array([False,False,True])]*n,torch.tensor([[100.,160,.5,.5]]*n)
-    return torch.from_numpy(rng.normal(size=(n,3,64,96)).astype(np.float32)),shape,words,tags
-
-def test_missed_words():
-    *_,words,tags = found_page()
-    assert missed_words(words[0], words[0][:1]).tolist()==[False,True,True]
-    assert missed_words(words[0], []).tolist()==[True]*3 and missed_words([], words[0]).tolist()==[]
-    assert missed_words([[[0,0],[1,1]], words[0][0]], []).tolist()==[False,True] # what encloses nothing cannot be missed
-
-def test_pages_with_what_was_found():
-    image,shape,words,tags = found_page()
-    all_of_them,none = [dict(points=w, scores=np.ones(3)) for w in words],[dict(points=np.zeros((0,4,2), np.int32), scores=np.zeros(0))]*2
-    fig = draw_found((image, shape, words, tags), dict(Teacher=all_of_them, Student=none))
-    assert [ax.get_title() for ax in fig.axes]==['Teacher: 0 of 2 missed', 'Student: 2 of 2 missed']*2
-    assert [len(ax.patches) for ax in fig.axes]==[6,3]*2
-    shown = fig.axes[0].images[0]
-    assert shown.get_array().shape==(50,80,3) and list(shown.get_extent())==[0,160,100,0] # what is padding is left out
-    assert shown.get_array().min()==0 and shown.get_array().max()==1
-    fig.canvas.draw()
-
-def test_pages_of_one_network_and_without_truth():
-    image,shape,words,tags = found_page(n=8)
-    boxes = [dict(points=list(w)) for w in words]
-    fig = draw_found((image, shape), boxes)
-    assert len(fig.axes)==6 and not fig.axes[0].get_title() and len(fig.axes[0].patches)==3
-    assert len(draw_found((image, shape, [torch.from_numpy(w) for w in words], [torch.from_numpy(t) for t in tags]), boxes, n=1).axes)==1
 
 def test_the_decoder_takes_the_output_as_it_is():
     assert DBPostProcess.head is None

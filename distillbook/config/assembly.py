@@ -35,7 +35,8 @@ from ..rec.labels import Alphabet
 from ..rec.operations import RecResizeImg
 from ..use.released import TEACHERS, TeacherUnavailable, teacher_file
 from ..use.report import tracker_cbs
-from ..use.results import plot_found, plot_reads
+from ..rec.decode import draw_reads
+from ..use.results import plot_found
 from ..use.training import Experiment, Pictures, Run, learner, load_state, timed
 
 # %% ../../nbs/config/09_assembly.ipynb #6681855f
@@ -102,7 +103,7 @@ def picture_settings(
     operations = _reading_operations(config)
     height = next((o.height for o in operations if isinstance(o, RecResizeImg)), 48)
     return Pictures(task='rec', shape=(3,height,None), alphabet=Alphabet(characters(config)),
-        prepare=partial(prepared, operations), draw=plot_reads)
+        prepare=partial(prepared, operations), draw=draw_reads)
 
 def _page_settings(config):
     operations = _with_decoding(picture_operations(config))
