@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/use/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'highest', 'Accuracy', 'NetMetrics', 'by_network', 'device_of', 'same_random', 'at_rest', 'evaluate', 'fitting',
-           'first_batch', 'say_faults', 'ms_per_image']
+           'first_batch', 'say_faults', 'ms_per_image', 'asked_anew']
 
 # %% ../../nbs/use/02b_evaluation.ipynb #3ac5bcad
 import logging, time
@@ -178,14 +178,16 @@ def ms_per_image(
 
 def _seconds(net, x):
     net.eval()
-    with _asked_anew(net):
+    with asked_anew(net):
         start = time.perf_counter()
         net(x)
         if x.is_cuda: torch.cuda.synchronize()
         return time.perf_counter()-start
 
 @contextmanager
-def _asked_anew(net):
+def asked_anew(
+    net:nn.Module, # In it, perhaps, `CachedNet`s
+):
     "No kept answers, wherever in the network they are kept"
     cached = [m for m in net.modules() if isinstance(m, CachedNet)]
     for m in cached: vars(m)['forward'] = m.net.__call__

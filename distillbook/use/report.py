@@ -30,7 +30,7 @@ from ..nets import Nets, Targets, addresses, look_up
 from ..rec.render import render_words
 from ..schedules import FollowSchedule
 from ..terms import Terms
-from .evaluation import same_random
+from .evaluation import asked_anew, same_random
 from .training import learner, read_metrics
 
 # %% ../../nbs/use/04_report.ipynb #4ddaf983
@@ -39,10 +39,10 @@ def macs(
     shape, # Of one picture: channels, height, width
 )->int: # None for a network that PyTorch does not run
     "Multiplications (each with an addition) that a picture costs, as the network predicts"
-    net = copy.deepcopy(net.net if isinstance(net, CachedNet) else net).eval()
+    net = copy.deepcopy(net).eval()
     if not list(net.parameters()): return None
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter: net.to('meta')(torch.empty(1, *shape, device='meta'))
+    with torch.no_grad(), asked_anew(net), counter: net.to('meta')(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
 # %% ../../nbs/use/04_report.ipynb #99f2e459
