@@ -359,9 +359,19 @@ def save_last(self:Checkpoint,
     path=None, # Default: the last state's
 ):
     "The state in a file, written by the first of several processes"
+    self.check_weights(path or self.last_file)
     if rank_distrib(): return
     state = run_state(self.learn, self.hashes, batch=batch, best=self.best, start=self.start, setup=self.setup)
     save_file(state, path or self.last_file)
+
+@patch
+def check_weights(self:Checkpoint, path):
+    "`UserError` if something that learns is not a number any more: the file stays as it is"
+    nets = get_model(self.learn.model)
+    bad = next((k for k,p in nets.named_parameters() if p.requires_grad and p.isnan().any()), None)
+    if bad is None: return
+    raise UserError(f"{bad} is NaN after step {self.epoch*self.n_iter+self.iter+1} (epoch {self.epoch+1} of {self.n_epoch}); "
+        f"{path} is not written anew")
 
 def _inside(state): return state if state and state['batch'] is not None else None
 
