@@ -138,6 +138,7 @@ def measure(self:EvalEvery):
     log.info('cur metric, %s', ', '.join(f'{k}: {v:.5g}' for k,v in numbers.items()))
     value = numbers[self.indicator]
     if checkpoint.best is None or value>=checkpoint.best:
+        checkpoint.check_weights(checkpoint.best_file)
         checkpoint.best = value
         if not rank_distrib(): self.save(checkpoint, numbers)
     log.info('best metric, %s: %.5g', self.indicator, checkpoint.best)
