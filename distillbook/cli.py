@@ -35,7 +35,8 @@ app = typer.Typer(help="Knowledge distillation of text recognisers and detectors
 def one_line_errors():
     "Bad input and ctrl-C end the program with a line and a status, not with a trace"
     warnings.simplefilter('ignore', FutureWarning)
-    try: yield
+    try:
+        yield
     except UserError as e: stop(e, 130 if type(e).__name__=='Stopped' else 2)
     except KeyboardInterrupt: stop('interrupted; what was finished is kept', 130)
     except MemoryError as e: stop(f"not enough memory: {e or 'smaller batches or pictures need less'}", 2)
@@ -69,7 +70,8 @@ def bar(
     return lambda items: track(items, what, console=errors, transient=True, disable=not errors.is_terminal)
 
 # %% ../nbs/use/08_cli.ipynb #55792090
-CONFIG_HELP = "YAML file: PaddleOCR's, or like configs/quickstart.yml; or the name of one that comes along, e.g. quickstart"
+CONFIG_HELP = ("YAML file: PaddleOCR's, or like configs/quickstart.yml; "
+    "or the name of one that comes along, e.g. quickstart")
 OVERRIDE_HELP = 'Change values of the configuration, e.g. -o Global.seed=1 Optimizer.lr.learning_rate=1.0e-3'
 CONFIG = typer.Option(None, '-c', '--config', help=CONFIG_HELP, rich_help_panel='What')
 RUN = typer.Option(None, '--run', help="A run's folder: its configuration and its best state", rich_help_panel='What')
@@ -295,8 +297,9 @@ def _table_of_boxes(rows):
 
 # %% ../nbs/use/08_cli.ipynb #c2788e63
 @app.command(**MORE)
-def extract(ctx:typer.Context, source:Path=typer.Argument(..., metavar='RUN_OR_CKPT',
-    help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
+def extract(ctx:typer.Context,
+    source:Path=typer.Argument(..., metavar='RUN_OR_CKPT',
+        help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
     net:str=typer.Option('Student', '--net', help='Which network'),
     out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'),
     config:Path=CONFIG):
@@ -324,7 +327,8 @@ def _like(source, net, config):
     return model[net] if hasattr(model, 'names') else model
 
 # %% ../nbs/use/08_cli.ipynb #35f05183
-NET_HELP = "Which network, default Student, or the only one; 'all': every one; several, with commas between: see --ensemble"
+NET_HELP = ("Which network, default Student, or the only one; 'all': every one; "
+    "several, with commas between: see --ensemble")
 
 @app.command(**MORE)
 def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE,
@@ -332,7 +336,8 @@ def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[st
     out:Path=typer.Option(None, '--out', metavar='FOLDER',
         help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
     ensemble:str=typer.Option(None, '--ensemble', metavar='outputs|weights',
-        help='One network, the mean of the named ones'), as_json:bool=JSON):
+        help='One network, the mean of the named ones'),
+    as_json:bool=JSON):
     """Write networks as ONNX files or torch programs, with a model card beside each.
 
     Examples: distillbook export --run output/rec --net Student --to onnx
@@ -354,16 +359,18 @@ def _exported(cfg, run, net, to, out, ensemble):
     exp = ready_networks(cfg)
     folder = out or Path(cfg['Global'].get('save_inference_dir') or (run or exp.run.folder)/'inference')
     ready = trained(exp)
-    return export_trained(ready, net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets))), to, folder,
-        ensemble)
+    net = net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets)))
+    return export_trained(ready, net, to, folder, ensemble)
 
 # %% ../nbs/use/08_cli.ipynb #164d8477
 @app.command()
 def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures of pages: files, folders or globs'),
-    det:str=typer.Option('PP-OCRv3_det', '--det', help='Detector: an .onnx file, or a name from `distillbook teachers`'),
+    det:str=typer.Option('PP-OCRv3_det', '--det',
+        help='Detector: an .onnx file, or a name from `distillbook teachers`'),
     rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
-        help='Draw what was read; for several pictures, a folder'), as_json:bool=JSON):
+        help='Draw what was read; for several pictures, a folder'),
+    as_json:bool=JSON):
     """Read whole pages: find the lines, straighten them, read them.
 
     Examples: distillbook read page.png --draw read.png
@@ -379,8 +386,8 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
         if draw: _draw_pages(draw, paths, pages)
         rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in zip(paths, pages)]
         if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}") for r in rows
-            for l in r['lines']])
+        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}")
+            for r in rows for l in r['lines']])
 
 # %% ../nbs/use/08_cli.ipynb #b13cb83e
 def _draw_pages(to, paths, pages):

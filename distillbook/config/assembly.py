@@ -59,10 +59,11 @@ def run_settings(
     start,every = eval_steps(g)
     resume = g.read('checkpoints', str, None)
     with g.blame('checkpoints'): resume = existing(resume, ('.pth','')) if resume else None
-    return Run(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, 1024, least=0),
-        threads=g.read('threads', int, None, least=1),
-        device='cpu' if g.get('use_gpu') is False else None, precision=_precision(g), eval_start=start,
-        eval_every=every, resume=resume,
+    basics = dict(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, 1024, least=0),
+        threads=g.read('threads', int, None, least=1))
+    device = 'cpu' if g.get('use_gpu') is False else None
+    precision = _precision(g)
+    return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
         save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')),
@@ -213,8 +214,9 @@ def experiment(
         nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
-    exp = Experiment(nets=nets, terms=build_terms(config), dls=dls, decoder=build_decoder(config),
-        metric=build_metric(config), evals=evals,
+    terms = build_terms(config)
+    decoder = build_decoder(config)
+    exp = Experiment(nets=nets, terms=terms, dls=dls, decoder=decoder, metric=build_metric(config), evals=evals,
         schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
@@ -222,14 +224,16 @@ def experiment(
 
 def _lr_section(config):
     optimizer = Section(config).section('Optimizer')
-    if not isinstance(optimizer.get('lr'), dict):
-        raise optimizer.refuse(f"a section such as {{name: Const, learning_rate: 0.001}} is wanted, not {optimizer.get('lr')!r}", 'lr')
+    lr = optimizer.get('lr')
+    if not isinstance(lr, dict):
+        raise optimizer.refuse(f"a section such as {{name: Const, learning_rate: 0.001}} is wanted, not {lr!r}", 'lr')
     return optimizer.section('lr')
 
 def _loaders(config):
     train,evals = build_dl(config, 'Train'),build_evals(config)
     if not len(train):
-        raise Section(config, 'Train').refuse(f"fewer lines than one batch of {config['Train']['loader']['batch_size_per_card']}")
+        size = config['Train']['loader']['batch_size_per_card']
+        raise Section(config, 'Train').refuse(f"fewer lines than one batch of {size}")
     models = config['Architecture'].get('Models') or {}
     with Section(config, 'Train', 'dataset').blame('variants'):
         if any(isinstance(m, dict) and m.get('cache') for m in models.values()):
@@ -247,11 +251,11 @@ def ready_networks(
     g = Section(config, 'Global')
     run = Run(folder=_folder(g), device='cpu' if g.get('use_gpu') is False else None, resume=_weights_path(g),
         config=dict(config))
-    return Experiment(nets=as_nets(model), terms=[], dls=None, decoder=build_decoder(config),
-        metric=build_metric(config) if evals else None,
-        evals=build_evals(config) if evals else {}, run=run, pictures=picture_settings(config),
-        sources=sources_of(config),
-        measured=_measured(run.resume))
+    decoder = build_decoder(config)
+    metric = build_metric(config) if evals else None
+    eval_sets = build_evals(config) if evals else {}
+    return Experiment(nets=as_nets(model), terms=[], dls=None, decoder=decoder, metric=metric, evals=eval_sets, run=run,
+        pictures=picture_settings(config), sources=sources_of(config), measured=_measured(run.resume))
 
 def _weights_path(g):
     path = g.get('checkpoints') or g.get('pretrained_model')

@@ -22,16 +22,19 @@ from .values import Config, Section, parsed
 log = logging.getLogger('distillbook')
 
 SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wandb WithoutTeacher'.split()
-GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step eval_batch_step'
-    ' cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path max_text_length use_space_char infer_mode'
-    ' save_res_path save_inference_dir seed threads pretrained_dict_path use_tensorboard use_wandb').split()
-GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list amp_level scale_loss'
-    ' use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info uniform_output_enabled calc_epoch_interval character_type'
-    ' model_name save_ckpt_to_wandb log_ranks to_static export_with_pir').split()
+GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
+    ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
+    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads'
+    ' pretrained_dict_path use_tensorboard use_wandb').split()
+GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
+    ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'
+    ' uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb'
+    ' log_ranks to_static export_with_pir').split()
 
 # %% ../../nbs/config/08_files.ipynb #e9ee2755
 ARCHITECTURE = 'model_type name algorithm Models Transform Backbone Neck Head return_all_feats'.split()
-NETWORK = 'pretrained freeze_params cache bf16 compile init return_all_feats model_type algorithm Transform Backbone Neck Head'.split()
+NETWORK = ('pretrained freeze_params cache bf16 compile init return_all_feats model_type algorithm'
+    ' Transform Backbone Neck Head').split()
 NOT_READ = ('in_channels','out_channels')
 
 def fixed_keys(
@@ -91,7 +94,8 @@ def check(
     for key in COUNTS: g.read(key, int, None, least=1)
     g.read('seed', int, None, least=0)
     if task(config)=='det' and g.get('cal_metric_during_train'):
-        raise g.refuse("false is wanted: the training batches of a detector have maps and no polygons to compare boxes with", 'cal_metric_during_train')
+        why = "the training batches of a detector have maps and no polygons to compare boxes with"
+        raise g.refuse(f"false is wanted: {why}", 'cal_metric_during_train')
     _check_losses(config)
     for section,key in (('PostProcess','model_name'),('Metric','key')): _check_nets(Section(config).maybe(section), key)
     return ignored
@@ -145,7 +149,8 @@ def load_config(
         raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not text'}") from e
     values,lines = parsed(text, path)
     if not isinstance(values or {}, dict):
-        raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {str(values)[:60]}")
+        beginning = str(values)[:60]
+        raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {beginning}")
     config = Config(_unshared(values or {}, path))
     config.path,config.lines = str(path),lines
     for override in overrides or (): _set(config, override)
@@ -167,7 +172,8 @@ def _set(config, override):
     *path,last = key.split('.')
     node = config
     for i,k in enumerate(path): node = _step(node, k, f"-o {override}: {'.'.join(path[:i]) or 'top level'}")
-    if not path and isinstance(value, dict) and isinstance(node.get(last), dict): node[last].update(value)
+    if not path and isinstance(value, dict) and isinstance(node.get(last), dict):
+        node[last].update(value)
     elif isinstance(node, dict): node[last] = value
     elif _is_place(node, last): node[int(last)] = value
     else: raise UserError(f"-o {override}: {'.'.join(path)} is {node!r}, and has no key {last!r}")
@@ -177,8 +183,8 @@ def _is_place(node, key): return isinstance(node, list) and key.isdecimal() and 
 def _step(node, key, where):
     if _is_place(node, key): return node[int(key)]
     if isinstance(node, dict) and key in node: return node[key]
-    raise unknown('key', key, node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0),
-        where)
+    places = range(len(node)) if isinstance(node, list) else ()
+    raise unknown('key', key, node if isinstance(node, dict) else places, where)
 
 # %% ../../nbs/config/08_files.ipynb #4ac5d44f
 def save_config(

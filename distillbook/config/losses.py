@@ -55,7 +55,9 @@ def keep_keys(
 # %% ../../nbs/config/04_losses.ipynb #2a816e26
 def _usual(config):
     "Which of the usual batches, where a configuration has no Train section"
-    if config.get('Architecture'): return 'det' if task(config)=='det' else 'many' if has_many_heads(config) else 'one'
+    if config.get('Architecture'):
+        if task(config)=='det': return 'det'
+        return 'many' if has_many_heads(config) else 'one'
     rows = list(_rows(config))
     if any('DB' in name or keys.get('maps_name') for name,keys in rows): return 'det'
     several = config.get('Loss', {}).get('name')=='MultiLoss' or any(keys.get('multi_head') for _,keys in rows)
@@ -132,7 +134,8 @@ def pairs_of(model_name_pairs):
     pairs = [pairs] if pairs and isinstance(pairs[0], str) else pairs
     for p in pairs:
         if not isinstance(p, (list,tuple)) or len(p)!=2 or not all(isinstance(n, str) for n in p):
-            raise UserError(f"model_name_pairs: pairs of networks are wanted, as [[Student, Teacher]], not {model_name_pairs!r}")
+            example = '[[Student, Teacher]]'
+            raise UserError(f"model_name_pairs: pairs of networks are wanted, as {example}, not {model_name_pairs!r}")
     return [list(p) for p in pairs]
 
 def _paired(rows, fn, pairs, key, head, name, targets=(), **keys):
@@ -221,8 +224,9 @@ def dila_row(rows, model_name_pairs, key:str=None, name:str='dila_dbloss',
     "DistillationDilaDBLoss"
     check_main_loss(main_loss_type)
     settings = dict(balance=balance_loss, main=main_loss_type, alpha=alpha, beta=beta, ohem_ratio=ohem_ratio, eps=eps)
-    return [rows.term(dila_db, [f"{n}.{key or 'maps'}" for n in p], f'{name}_{p[0]}_{p[1]}', ['shrink_mask'],
-        **settings) for p in pairs_of(model_name_pairs)]
+    return [
+        rows.term(dila_db, [f"{n}.{key or 'maps'}" for n in p], f'{name}_{p[0]}_{p[1]}', ['shrink_mask'], **settings)
+        for p in pairs_of(model_name_pairs)]
 
 # %% ../../nbs/config/04_losses.ipynb #ac18c931
 TERM_KEYS = ('loss','on','weight','targets','name')
@@ -245,9 +249,8 @@ def term_row(rows):
 
 # %% ../../nbs/config/04_losses.ipynb #0ba7bab2
 ROWS = Registry('loss', Term=term_row, DistillationDMLLoss=dml_row, DistillationDistanceLoss=distance_row,
-    DistillationCTCLoss=ctc_row,
-    DistillationSARLoss=sar_row, DistillationNRTRLoss=nrtr_row, DistillationDKDLoss=dkd_row,
-    DistillationKLDivLoss=kl_row,
+    DistillationCTCLoss=ctc_row, DistillationSARLoss=sar_row, DistillationNRTRLoss=nrtr_row,
+    DistillationDKDLoss=dkd_row, DistillationKLDivLoss=kl_row,
     DistillCTCLogits=ctc_logits_row, DistillationDBLoss=db_row, DistillationDilaDBLoss=dila_row)
 
 # %% ../../nbs/config/04_losses.ipynb #79edef3e

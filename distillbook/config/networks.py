@@ -42,7 +42,7 @@ def existing(
     suffixes=('',), # Tried in this order
     beside=None, # A folder in which a relative path is looked for first
 )->Path:
-    "The path, with the first of the suffixes for which there is one; `UserError` says how far it exists and what is there"
+    "The path with the first suffix for which there is one; `UserError` says how far it exists and what is there"
     path = Path(str(path)).expanduser()
     for folder in ([Path(beside)] if beside is not None else []) + [Path()]:
         for suffix in suffixes:
@@ -150,7 +150,8 @@ def _backbone(arch, kind):
     if kind=='rec' and not isinstance(channels, int):
         raise part.refuse(f"{name} must say in `out_channels` how many channels its map has", 'name')
     if kind=='det' and not (isinstance(channels, (list,tuple)) and len(channels)==4):
-        raise part.refuse(f"{name} must say in `out_channels` how many channels each of its four maps has, not {channels!r}", 'name')
+        asked = "how many channels each of its four maps has"
+        raise part.refuse(f"{name} must say in `out_channels` {asked}, not {channels!r}", 'name')
     return net
 
 # %% ../../nbs/config/03_networks.ipynb #02b55638
@@ -272,7 +273,8 @@ def _with_values(section, values):
     return other
 
 # %% ../../nbs/config/03_networks.ipynb #55cb14e8
-STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'} # A folder in PaddleOCR's paths to the released model that was made of it
+# A folder in PaddleOCR's paths to the released model that was made of it
+STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'}
 
 def _stand_in(path): return next((v for k,v in STAND_INS.items() if k in Path(str(path)).parts), None)
 
@@ -314,7 +316,8 @@ def _released_net(config, part):
     if not part.get('pretrained'):
         raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
     if not part.get('freeze_params'):
-        raise part.refuse("a network without Backbone and Head is a released one, which can only teach: freeze_params: true")
+        raise part.refuse("a network without Backbone and Head is a released one, which can only teach: "
+            "freeze_params: true")
     with part.blame('pretrained'): loaded = load_teacher(part.read('pretrained', str), task=task(config))
     if task(config)=='det': return _cached(config, part, loaded)
     net,alphabet = loaded
@@ -324,8 +327,8 @@ def _released_net(config, part):
 def _cached(config, part, net):
     "With its answers kept, if the configuration asks for that"
     if not part.get('cache'): return net
-    folder = Path(config['Global'].get('save_model_dir')
-        or 'output')/'answers' if part.get('cache') is True else Path(part.read('cache', str))
+    if part.get('cache') is True: folder = Path(config['Global'].get('save_model_dir') or 'output')/'answers'
+    else: folder = Path(part.read('cache', str))
     weights = hashlib.sha256(teacher_file(part.get('pretrained')).read_bytes()).hexdigest()
     classes = hashlib.sha256(''.join(characters(config)).encode()).hexdigest() if task(config)=='rec' else ''
     return CachedNet(net, folder/f"{Path(part.get('pretrained')).stem}.bin",

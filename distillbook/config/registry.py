@@ -63,7 +63,8 @@ def own(self:Registry,
     found = imported(name, self.kind)
     is_class = isinstance(found, type)
     if self.base and not (is_class and issubclass(found, self.base)):
-        raise UserError(f"{name} is no class made from {self.base.__module__}.{self.base.__name__}, as a {self.kind} has to be")
+        base = f'{self.base.__module__}.{self.base.__name__}'
+        raise UserError(f"{name} is no class made from {base}, as a {self.kind} has to be")
     if not is_class and not inspect.isfunction(found):
         raise UserError(f"{name} is no class and no function, and so no {self.kind}")
     return found

@@ -78,7 +78,8 @@ def count_values(
     n = 1 + sum(count_values(o, counts, depth+1) for o in _children(node))
     counts[id(node)] = n
     if n>MOST_VALUES:
-        raise UserError(f"not YAML that can be used: with its anchors written out it has more than {MOST_VALUES} values")
+        size = f"more than {MOST_VALUES} values"
+        raise UserError(f"not YAML that can be used: with its anchors written out it has {size}")
     return n
 
 def _children(node):
@@ -93,9 +94,8 @@ class TextKeys(yaml.SafeLoader):
 @patch
 def construct_mapping(self:TextKeys, node, deep=False):
     for key,_ in getattr(node, 'value', ()):
-        if isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool' and key.value.lower() not in ('true',
-            'false'):
-            key.tag = 'tag:yaml.org,2002:str'
+        is_bool = isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool'
+        if is_bool and key.value.lower() not in ('true','false'): key.tag = 'tag:yaml.org,2002:str'
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
 # %% ../../nbs/config/01_values.ipynb #cc77b725
