@@ -370,8 +370,8 @@ def check_weights(self:Checkpoint, path):
     nets = get_model(self.learn.model)
     bad = next((k for k,p in nets.named_parameters() if p.requires_grad and p.isnan().any()), None)
     if bad is None: return
-    raise UserError(f"{bad} is NaN after step {self.epoch*self.n_iter+self.iter+1} (epoch {self.epoch+1} of {self.n_epoch}); "
-        f"{path} is not written anew")
+    step,epoch = self.epoch*self.n_iter+self.iter+1,f'epoch {self.epoch+1} of {self.n_epoch}'
+    raise UserError(f"{bad} is NaN after step {step} ({epoch}); {path} is not written anew")
 
 def _inside(state): return state if state and state['batch'] is not None else None
 

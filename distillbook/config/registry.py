@@ -46,7 +46,8 @@ def imported(
     package,_,attribute = name.rpartition('.')
     try: module = importlib.import_module(package)
     except (ImportError, ValueError, TypeError) as e: raise UserError(f"no {kind} {name!r}: {e}") from None
-    except Exception as e: raise UserError(f"no {kind} {name!r}: {package} cannot be imported: {type(e).__name__}: {e}") from e
+    except Exception as e:
+        raise UserError(f"no {kind} {name!r}: {package} cannot be imported: {type(e).__name__}: {e}") from e
     if not hasattr(module, attribute):
         near = [k for k,v in vars(module).items() if isinstance(v, type) or inspect.isfunction(v)]
         raise unknown(f'class or function in {package}', attribute, near)
