@@ -133,11 +133,16 @@ def build_set(
     seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
     operations,keep = build_operations(config, *dataset.path, 'transforms')
-    joins = dataset.get('ext_op_transform_idx', 2 if dataset.get('name')=='SimpleDataSet' else 1)
+    joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():
         return SampleSet(source, operations, keep, seed, train=side[0]=='Train', ext_op_transform_idx=joins,
             variants=dataset.get('variants'), keep=folder, keep_gb=dataset.get('keep_gb'))
+
+def _before_joining(name, operations):
+    "Through how many operations others go before one that joins them: PaddleOCR's numbers, or all that stand before it"
+    paddle = dict(SimpleDataSet=2, LMDBDataSet=1)
+    return paddle.get(name, next((i for i,o in enumerate(operations) if hasattr(o, 'ext_data_num')), 1))
 
 # %% ../../nbs/config/05_data.ipynb #e0f4d67e
 LOADER_KEYS = ('shuffle','batch_size_per_card','drop_last','num_workers','buckets')

@@ -101,8 +101,8 @@ def characters(
     config:dict, # The whole configuration
 )->list:
     "The characters of a run, in the order of their classes"
-    with Section(config).maybe('Global').blame('character_dict_path'):
-        return read_characters(dictionary(config), bool(config.get('Global', {}).get('use_space_char')))
+    g = Section(config).maybe('Global')
+    with g.blame('character_dict_path'): return read_characters(dictionary(config), bool(g.get('use_space_char')))
 
 # %% ../../nbs/config/03_networks.ipynb #1e13dff9
 TASKS = ('rec','det')

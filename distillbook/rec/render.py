@@ -173,9 +173,11 @@ class RenderedLines:
         height:int=48, width:int=160, noise:bool=True, # See `render_word`
     ):
         least = dict(words=1, seed=0, skip=0, height=16, width=32)
+        most = dict(height=4096, width=32767) # OpenCV's limit
         for k,v in dict(words=words, seed=seed, skip=skip, height=height, width=width).items():
-            if isinstance(v, int) and v>=least[k]: continue
-            raise UserError(f"{k}: a whole number from {least[k]} is wanted, not {v!r}")
+            if isinstance(v, int) and least[k]<=v<=most.get(k, v): continue
+            to = f' to {most[k]}' if k in most else ''
+            raise UserError(f"{k}: a whole number from {least[k]}{to} is wanted, not {v!r}")
         self.words = spelled_words(skip+words, seed, characters)[skip:]
         self.family,self.fonts = fonts,font_files(fonts)
         self.seed,self.skip = seed,skip

@@ -71,7 +71,7 @@ def _as_reader(net):
         raise UserError("a network whose only head is SAR reads its own letters one by one, and is not exported; "
             "distil it into one with a CTC head")
     if isinstance(net.head, MultiHead):
-        for name in net.head.asked_for: setattr(net.head, name, None)
+        for name in net.head.extra_inputs: setattr(net.head, name, None)
     net.probs = True
     return InferenceNet(net)
 

@@ -240,9 +240,10 @@ def read_metrics(path)->list: # Of dicts; none, if there is no such file
     "The rows of a `metrics.csv`"
     path = Path(path)
     if not path.is_file(): return []
-    lines = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
     kinds = dict(step=int, epoch=int)
-    try: return [{k: kinds.get(k, float)(v) for k,v in row.items() if v} for row in lines]
+    try:
+        lines = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
+        return [{k: kinds.get(k, float)(v) for k,v in row.items() if v} for row in lines]
     except (ValueError, TypeError) as e: raise UserError(f"{path}: not the numbers of a run ({e})") from None
 
 # %% ../../nbs/use/03_training.ipynb #52b4f073
