@@ -151,7 +151,7 @@ def test_a_key_of_another_schedule_is_warned_of():
 
 @pytest.mark.parametrize('good', ('1e-3', 1e-3, np.float32(.001), '0.001', 0))
 def test_number(good):
-    for lr in (dict(name='Const', learning_rate=good), dict(learning_rate=good), dict(name='Piecewise', decay_epochs=[], values=[good])):
+    for lr in (dict(name='Const', learning_rate=good), dict(learning_rate=good), dict(name='Piecewise', decay_epochs=[1], values=[good])):
         assert (rate := lr_schedule(lr, 1, 1)(0)) == float(good) and type(rate) is float
 
 def test_schedules_are_told_only_what_the_table_of_settings_knows():
