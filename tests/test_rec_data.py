@@ -241,8 +241,8 @@ def test_wrong_rendered_lines(kw, says):
 def test_rendered_lines_make_batches():
     from distillbook.data.loader import SampleDL
     from distillbook.data.sets import SampleSet
-    from distillbook.rec.operations import OPS
-    ops = [OPS['CTCLabelEncode'](25, None, lower=True), OPS['RecResizeImg']([3,48,160])]
+    from distillbook.rec.operations import CTCLabelEncode, RecResizeImg
+    ops = [CTCLabelEncode(25, None, lower=True), RecResizeImg([3,48,160])]
     lines = SampleSet(RenderedLines(words=12, seed=1), ops, ['image','label','length'])
     x,y,n = next(iter(SampleDL(lines, bs=12)))
     assert x.shape==(12,3,48,160) and n.tolist()==[len(o) for o in RenderedLines(words=12, seed=1).words]

@@ -92,6 +92,7 @@ def _shared(config):
     "`Global`, with the dictionary as a file that is there"
     shared = dict(config.get('Global') or {})
     if config.get('Architecture') and task(config)=='det': return shared
+    if not config.get('Architecture') and 'character_dict_path' not in shared: return shared
     path = dictionary(config)
     return {**shared, 'character_dict_path': None if path is None else str(path)}
 

@@ -69,7 +69,10 @@ def _numbers(section, key, value):
     if isinstance(value, (bool,str)): return value
     if not isinstance(value, (list,tuple)): return float(section.read(key, float, least=0))
     if not value: raise section.refuse(f"a list of numbers is wanted, not {value!r}", key)
-    with section.blame(key): return [float(as_kind(v, float, least=0)) for v in value]
+    return [_rate(section, v, key, i) for i,v in enumerate(value)]
+
+def _rate(section, value, *keys):
+    with section.blame(*keys): return float(as_kind(value, float, least=0))
 
 # %% ../../nbs/config/07_optimizer.ipynb #aaaedf9e
 def _check_sensible(section, own, per_epoch):
@@ -101,7 +104,8 @@ def decay_of(
     kind = str(own.get('name')).removesuffix('Decay')
     if kind not in ('L1','L2'): raise own.unknown('regularizer', own.get('name'), ['L1','L2'], 'name')
     if decoupled and kind=='L1': raise own.refuse("AdamW has no L1", 'name')
-    return 'decoupled' if decoupled else kind, float(own.read('factor', float, 0., least=0))
+    factor = own.read('factor', float, least=0) if 'factor' in own else 0.
+    return 'decoupled' if decoupled else kind, float(factor)
 
 # %% ../../nbs/config/07_optimizer.ipynb #623c0d1e
 COMMON = ('name','lr','regularizer','weight_decay','clip_norm','clip_norm_global')

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'MOST_VALUES', 'DEEPEST', 'REQUIRED', 'wanted', 'as_kind', '
 
 # %% ../../nbs/config/01_values.ipynb #4fcfd071
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 import yaml
 from fastcore.basics import patch
@@ -34,7 +35,7 @@ def as_kind(
 ):
     "The value, if it is of that kind; `UserError` says what is wanted"
     if kind is float and isinstance(value, str): value = _number_in(value)
-    types = dict.fromkeys(KINDS) | {float: (int,float), list: (list,tuple)}
+    types = dict.fromkeys(KINDS) | {float: Real, list: (list,tuple)}
     fits = isinstance(value, types[kind] or kind) and isinstance(value, bool)==(kind is bool)
     if fits and kind in (int,float): fits = -1e18<value<1e18 and (least is None or value>=least)
     if not fits: raise UserError(f"{wanted(kind, least)} is wanted, not {value!r}")
