@@ -77,7 +77,9 @@ class Words:
         self.targets = [torch.from_numpy(np.stack([o[k] for o in labels])) for k in ('label_ctc','label_sar','length')]
         self.targets.append(torch.from_numpy(self.lines.widths/W))
     def __len__(self): return len(self.lines)
-    def __getitem__(self, idxs): return normalise(self.lines.images[idxs], self.lines.widths[idxs]), *(o[idxs] for o in self.targets)
+    def __getitem__(self, idxs):
+        x = normalise(self.lines.images[idxs], self.lines.widths[idxs])
+        return x, *(o[idxs] for o in self.targets)
 
 @torch.no_grad()
 def look(nets, data):
@@ -135,7 +137,7 @@ def last_row(left_out, got):
 def draw(runs, path):
     "What was read after each epoch; the second seed is dashed"
     fig,axs = plt.subplots(1, 3, figsize=(12,3.4), dpi=80)
-    titles = dict(exact='student read exactly, CTC head', exact_sar='student read exactly, SAR head', differ='words on which the two differ')
+    titles = dict(exact='read exactly, CTC head', exact_sar='read exactly, SAR head', differ='words on which the two differ')
     colours = dict(zip(['', *LOSSES], ['black', *(f'C{i}' for i in range(5))]))
     for ax,(key,title) in zip(axs, titles.items()):
         for left_out,got in runs:
@@ -150,7 +152,8 @@ def draw(runs, path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    p.add_argument('--runs', nargs='+', default=['all', *LOSSES], help='all five, or what is left out', choices=['all', *LOSSES])
+    every = ['all', *LOSSES]
+    p.add_argument('--runs', nargs='+', default=every, help='all five, or what is left out', choices=every)
     p.add_argument('--epochs', type=int, default=14)
     p.add_argument('--words', type=int, default=3000)
     p.add_argument('--threads', type=int, default=1)
