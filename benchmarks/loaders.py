@@ -1,9 +1,13 @@
 """What it costs to make batches, beside the step that uses them: `python -m benchmarks.loaders [--rounds 5] [--steps 4] [--json FILE]`.
 
-The transforms are those of configs/rec/ppocrv3_distillation.yml (words joined and augmented, 3x48x320) and configs/det/ppocrv3_cml.yml (pages pasted, warped, cropped and drawn on, 3x960x960), on rendered words and pages that lie in files, JPEG and PNG by turns; pages have 1280x720 pixels, as ICDAR 2015's.
+The transforms are those of configs/rec/ppocrv3_distillation.yml (words joined and augmented, 3x48x320) and configs/det/ppocrv3_cml.yml (pages
+pasted, warped, cropped and drawn on, 3x960x960), on rendered words and pages that lie in files, JPEG and PNG by turns; pages have 1280x720 pixels,
+as ICDAR 2015's.
 
-How it was kept fair. One thread each for torch, OpenCV and matrix products. All ways of loading are run in turns, each round beginning with another, and give the same batches. The first batch of an epoch, for which processes are started, is not counted. `kept` reads decoded pictures from a memory-mapped file (`keep:` in a configuration).
-`operations` times each operation by itself. `--steps N` trains N steps of each configuration at its smaller batch size with two workers, and says for how long the loop waited for batches."""
+How it was kept fair. One thread each for torch, OpenCV and matrix products. All ways of loading are run in turns, each round beginning with
+another, and give the same batches. The first batch of an epoch, for which processes are started, is not counted. `kept` reads decoded pictures
+from a memory-mapped file (`keep:` in a configuration). `operations` times each operation by itself. `--steps N` trains N steps of each configuration
+at its smaller batch size with two workers, and says for how long the loop waited for batches."""
 import argparse, os, tempfile, time
 if __name__=='__main__': os.environ.update({f'{o}_NUM_THREADS': '1' for o in ('OMP','OPENBLAS','MKL')})
 import json, logging
@@ -13,10 +17,9 @@ import cv2, numpy as np, torch
 from fastai.callback.core import CancelFitException
 from fastai.learner import Callback
 from benchmarks.quickstart import machine
-from distillbook.config.files import build_learner, load_config
+from distillbook.config import build_dl, build_learner, build_set, load_config
 from distillbook.core import write_beside
 from distillbook.det.render import render_page
-from distillbook.config.paddle import build_dl, build_set
 from distillbook.rec.render import render_word
 from distillbook.data.render import font_files, make_words
 
@@ -36,16 +39,20 @@ def make_words_files(folder, n):
 def make_page_files(folder, n):
     rows = []
     for i in range(n):
-        im,polys,texts = render_page(np.random.default_rng(i), 720, 1280, make_words(400, 7), font_files('dejavu'), words_max=40, size=(14,44), tilt=6)
+        rng,words = np.random.default_rng(i),make_words(400, 7)
+        im,polys,texts = render_page(rng, 720, 1280, words, font_files('dejavu'), words_max=40, size=(14,44), tilt=6)
         name = f'{i:04d}.{("jpg","png")[i%2]}'
         cv2.imwrite(str(folder/name), im)
-        rows.append(f'{name}\t' + json.dumps([dict(points=np.asarray(p).tolist(), transcription=t) for p,t in zip(polys, texts)]))
+        label = [dict(points=np.asarray(p).tolist(), transcription=t) for p,t in zip(polys, texts)]
+        rows.append(f'{name}\t{json.dumps(label)}')
     (folder/'list.txt').write_text('\n'.join(rows))
 
 
 def config(kind, folder, bs, workers=0, *more):
-    data = [f'{side}.{k}' for side in ('Train','Eval') for k in (f'dataset.data_dir={folder}', f'dataset.label_file_list=[{folder}/list.txt]', f'loader.num_workers={workers}')]
-    return load_config(CONFIGS/CASES[kind][0], [*data, 'Global.use_gpu=false', f'Global.save_model_dir={folder}/out', f'Train.loader.batch_size_per_card={bs}', *more])
+    files = (f'dataset.data_dir={folder}', f'dataset.label_file_list=[{folder}/list.txt]', f'loader.num_workers={workers}')
+    data = [f'{side}.{k}' for side in ('Train','Eval') for k in files]
+    own = ['Global.use_gpu=false', f'Global.save_model_dir={folder}/out', f'Train.loader.batch_size_per_card={bs}']
+    return load_config(CONFIGS/CASES[kind][0], [*data, *own, *more])
 
 
 def seconds_a_batch(dl, epoch, most):
@@ -89,7 +96,9 @@ def operations(kind, folder, rounds, n=48):
             sample = data.source.read(i, rng)
             sums['read'] = sums.get('read', 0)+time.perf_counter()-start
             for op in data.ops:
-                if hasattr(op, 'ext_data_num'): sample = {**sample, 'ext_data': [data._random_sample(rng, data.first_ops, []) for _ in range(op.ext_data_num)]}
+                if hasattr(op, 'ext_data_num'):
+                    others = [data._random_sample(rng, data.first_ops, []) for _ in range(op.ext_data_num)]
+                    sample = {**sample, 'ext_data': others}
                 start = time.perf_counter()
                 sample = op(sample, rng)
                 name = type(op).__name__
@@ -107,14 +116,16 @@ def pictures(folder, kind, suffix, rounds):
     (folder/f'{suffix}.txt').write_text('\n'.join(lines))
     source,op = label_files(folder/f'{suffix}.txt', folder),DecodeImage(img_mode='BGR')
     kept = keep_pictures(source, [op], folder/'kept')
-    took = dict(decoded=[], kept=[])
+    ways = dict(decoded=lambda i: op(source.read(i), None), kept=kept.read)
+    took = {k: [] for k in ways}
     for r in range(rounds):
-        for k in ('decoded','kept')[::(1,-1)[r%2]]:
+        for k in list(ways)[::(1,-1)[r%2]]:
             start = time.perf_counter()
-            for i in range(len(source)): (op(source.read(i), None) if k=='decoded' else kept.read(i))['image'].copy()
+            for i in range(len(source)): ways[k](i)['image'].copy()
             took[k].append(1e6*(time.perf_counter()-start)/len(source))
-    return {**{k: spread(v) for k,v in took.items()}, 'ratio': spread(np.array(took['kept'])/took['decoded']),
-            'bytes': [sum((folder/o.split('\t')[0]).stat().st_size for o in lines)/len(lines), kept.path.stat().st_size/len(lines)]}
+    files = sum((folder/o.split('\t')[0]).stat().st_size for o in lines)
+    sizes = [files/len(lines), kept.path.stat().st_size/len(lines)]
+    return {**{k: spread(v) for k,v in took.items()}, 'ratio': spread(np.array(took['kept'])/took['decoded']), 'bytes': sizes}
 
 
 class Clock(Callback):
@@ -130,12 +141,19 @@ def waits(kind, folder, steps, workers=2):
     "Seconds from step to step of the learner, and of these in waiting for the batch, while processes read ahead"
     bs,clock,chars = CASES[kind][1][0],Clock(steps),folder/'characters.txt'
     chars.write_text('\n'.join([*ascii_letters, *digits, *map(chr, range(0x4e00, 0x4e00+6561))]))
-    cfg = config(kind, folder, bs, workers, *([f'Global.character_dict_path={chars}'] if kind=='rec' else []))
+    own = [f'Global.character_dict_path={chars}'] if kind=='rec' else []
+    cfg = config(kind, folder, bs, workers, *own)
     for m in cfg['Architecture']['Models'].values(): m['pretrained'] = None
     learn = build_learner(cfg)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=clock)
     wait,step = np.subtract(clock.came[1:], clock.ended[:-1]),np.diff(clock.ended)
     return dict(batch=bs, steps=steps, workers=workers, wait=spread(wait), step=spread(step), share=float(wait.sum()/step.sum()))
+
+
+def told(values, scale=1, form='.2f'):
+    "Median, least and most"
+    middle,least,most = (f'{scale*v:{form}}' for v in values)
+    return f'{middle} ({least.strip()} to {most.strip()})'
 
 
 def main():
@@ -158,15 +176,17 @@ def main():
             print(f'\n{kind}: milliseconds a batch, median (least to most of {a.rounds} rounds); ratio to no worker')
             for name,ways in loaders(kind, folder, a.rounds).items():
                 res['loaders'][name] = ways
-                for k,v in ways.items(): print(f"  {name:20} {k:16} {1e3*v['seconds'][0]:8.1f} ({1e3*v['seconds'][1]:.1f} to {1e3*v['seconds'][2]:.1f})   {v['ratio'][0]:.2f} ({v['ratio'][1]:.2f} to {v['ratio'][2]:.2f})")
+                for k,v in ways.items(): print(f"  {name:20} {k:16} {told(v['seconds'], 1e3, '8.1f')}   {told(v['ratio'])}")
             res['operations'][kind] = ops = operations(kind, folder, a.rounds)
             print('  milliseconds a sample: ' + ', '.join(f'{k} {v[0]:.2f}' for k,v in ops.items()))
             for suffix in ('png','jpg'):
                 res['pictures'][f'{kind} {suffix}'] = o = pictures(folder, kind, suffix, a.rounds)
-                print(f"  {suffix}: decoded {o['decoded'][0]:.0f} us, kept {o['kept'][0]:.0f} us, ratio {o['ratio'][0]:.2f} ({o['ratio'][1]:.2f} to {o['ratio'][2]:.2f}); {o['bytes'][0]/1e3:.1f} kB in the file, {o['bytes'][1]/1e3:.1f} kB of pixels")
+                print(f"  {suffix}: decoded {o['decoded'][0]:.0f} us, kept {o['kept'][0]:.0f} us, ratio {told(o['ratio'])}; "
+                    f"{o['bytes'][0]/1e3:.1f} kB in the file, {o['bytes'][1]/1e3:.1f} kB of pixels")
             if a.steps:
                 res['waits'][kind] = w = waits(kind, folder, a.steps)
-                print(f"  two workers, batch of {w['batch']}: a step takes {w['step'][0]:.2f} s, of which {1e3*w['wait'][0]:.1f} ms of waiting for its batch; {100*w['share']:.2f} % over {a.steps} steps")
+                print(f"  two workers, batch of {w['batch']}: a step takes {w['step'][0]:.2f} s, of which {1e3*w['wait'][0]:.1f} ms "
+                    f"of waiting for its batch; {100*w['share']:.2f} % over {a.steps} steps")
     if a.json:
         with write_beside(a.json) as tmp: tmp.write_text(json.dumps(res, indent=1))
 

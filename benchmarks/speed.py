@@ -1,6 +1,7 @@
 """Where the time of a training step goes: what `python -m benchmarks` measures.
 
-Each suite is a function that gives rows (dicts). Whatever is compared runs in turns in one process, a round after another, the first round left out; shown are medians, and the lowest and highest ratio of two turns of one round."""
+Each suite is a function that gives rows (dicts). Whatever is compared runs in turns in one process, a round after another, the first round left out;
+shown are medians, and the lowest and highest ratio of two turns of one round."""
 import gc, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -10,18 +11,17 @@ from torch import nn
 from fastai.basics import Callback, CancelValidException, DataLoaders, Learner, OptimWrapper
 from fastai.callback.all import GradientAccumulation, ProgressCallback
 from torch.utils.checkpoint import checkpoint_sequential
-from distillbook.config.files import load_config
+from distillbook.config import build_decoder, build_metric, build_model, build_terms, load_config
 from distillbook.core import keep_memory
 from distillbook.learner import DistillLearner, distill_learner
 from distillbook.losses import kd
 from distillbook.nets import Nets, Targets
-from distillbook.config.paddle import build_decoder, build_metric, build_model, build_terms
 from distillbook.rec.backbone import MobileNetV1Enhance
 from distillbook.rec.labels import Alphabet, SARClasses
 from distillbook.rec.losses import ctc_loss
 from distillbook.rec.nets import PlainStudent
 from distillbook.terms import Term, Terms
-from distillbook.use.training import evaluate
+from distillbook.use.evaluation import evaluate
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 CHARS = [chr(0x4e00+i) for i in range(6623)]
@@ -45,7 +45,8 @@ def work(kind, bs=None, frozen=True):
     nets,rng = build_model(cfg),np.random.default_rng(0)
     if kind=='cml':
         bs = bs or 1
-        xb,yb = (torch.from_numpy(rng.standard_normal((bs,3,320,320), dtype=np.float32)),),tuple(torch.from_numpy((rng.random((4,bs,320,320))>.7).astype(np.float32)))
+        xb = (torch.from_numpy(rng.standard_normal((bs,3,320,320), dtype=np.float32)),)
+        yb = tuple(torch.from_numpy((rng.random((4,bs,320,320))>.7).astype(np.float32)))
     else:
         bs,n = bs or 8,6624
         ctc,sar,lengths = np.zeros((bs,25), np.int64),np.full((bs,25), n+2, np.int64),rng.integers(5, 20, bs)
@@ -65,7 +66,8 @@ def connected(nets, terms, xb, yb):
 def bare(nets, terms, xb, yb, opt, amp=False):
     "One step of a plain loop, in its parts, seconds"
     t = [time.perf_counter()]
-    with torch.autocast(xb[0].device.type, torch.bfloat16, enabled=amp): outs = nets(*xb, *([Targets(yb)] if nets.want_targets() else []))
+    inputs = (*xb, Targets(yb)) if nets.want_targets() else xb
+    with torch.autocast(xb[0].device.type, torch.bfloat16, enabled=amp): outs = nets(*inputs)
     t.append(time.perf_counter())
     loss = terms(outs, *yb)
     t.append(time.perf_counter())
@@ -92,7 +94,8 @@ def ratios(took, base):
     "Rows: median seconds, and how they stand to the base's"
     for k,v in took.items():
         each = [a/b for a,b in zip(v, took[base])]
-        yield dict(what=k, ms=round(median(v)*1e3, 1), ratio=round(median(each), 3), lowest=round(min(each), 3), highest=round(max(each), 3))
+        ratio = dict(ratio=round(median(each), 3), lowest=round(min(each), 3), highest=round(max(each), 3))
+        yield dict(what=k, ms=round(median(v)*1e3, 1), **ratio)
 
 
 # ---- the parts of a step
@@ -199,16 +202,20 @@ def learner(rounds=7, **_):
             a = [sum(bare(nets, terms, xb, yb, opt)) for _ in range(b)]
             c = run(b)
             nets.train()
-            if r: took['bare'].append(median(a)); took['learner'].append(median(c))
+            if not r: continue
+            took['bare'].append(median(a))
+            took['learner'].append(median(c))
         for row in ratios(took, 'bare'): yield dict(case=name, **row)
-    singles = [(Nets({k: v}), [t for t in own if t.addresses[0]==k]) for nets,own in [students(3)[:2]] for k,v in nets.items()]
-    _,_,xb,yb = students(3)
-    all_nets,all_terms,_,_ = students(3)
-    runs = [one_step(make_learner(n, t, xb, yb, 2, opt_func), xb, yb) for n,t in [(Nets(all_nets), all_terms), *singles]]
+    nets,own,xb,yb = students(3)
+    singles = [(Nets({k: v}), [t for t in own if t.addresses[0]==k]) for k,v in nets.items()]
+    together,terms,*_ = students(3)
+    runs = [one_step(make_learner(n, t, xb, yb, 2, opt_func), xb, yb) for n,t in [(Nets(together), terms), *singles]]
     took = {'sum of three alone': [], 'three in one learner': []}
     for r in range(rounds+1):
         one,*rest = [median(run(block)) for run in runs]
-        if r: took['three in one learner'].append(one); took['sum of three alone'].append(sum(rest))
+        if not r: continue
+        took['three in one learner'].append(one)
+        took['sum of three alone'].append(sum(rest))
     for row in ratios(took, 'sum of three alone'): yield dict(case='3 networks', **row)
 
 
