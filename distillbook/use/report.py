@@ -20,7 +20,6 @@ from fastai.basics import Callback, get_model
 from fastai.callback.schedule import minimum, steep, valley
 
 # %% ../../nbs/use/04_report.ipynb #b7cdd3c6
-from ..cache import CachedNet
 from ..config.values import parsed
 from ..core import UserError
 from ..data.render import font_files, make_words
