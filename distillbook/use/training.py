@@ -517,7 +517,7 @@ def plot_curves(
     "The terms over the steps, and one number of every network over the evaluations"
     fig,(a,b) = plt.subplots(1, 2, figsize=(11,3.5))
     parts.rolling(50, min_periods=1).mean().plot(ax=a, lw=1)
-    a.set(xlabel='step', ylabel='weighted loss', title='terms', yscale='log' if (parts>0).all(None) else 'linear')
+    a.set(xlabel='step', ylabel='weighted loss', title='terms', yscale='log' if (parts>0).all(axis=None) else 'linear')
     for k in _columns(rows, indicator):
         b.plot([row['step'] for row in rows], [row.get(k, np.nan) for row in rows], marker='.', label=k)
     b.set(xlabel='step', title='evaluations')
