@@ -1,23 +1,14 @@
 "The commands around training, as a user runs them one after the other: data out of nothing, a run, networks taken out, exported, read, compared"
 import json
 from pathlib import Path
-from subprocess import CompletedProcess
 import cv2, numpy as np, pytest, torch, yaml
-from typer.testing import CliRunner
-from distillbook.cli import app
 from distillbook.config import build_model, load_config
 from distillbook.use.export import open_onnx
 from distillbook.use.weights import load_weights, read_weights
-from test_cli import fails
+from test_cli import fails, inside as distillbook # A command in this process (test_cli.py has a shell's)
 
 ROOT = Path(__file__).parents[1]
 NETS = [f'Architecture.Models.{n}.{k}' for n in ('Teacher','Student') for k in ('Backbone.scale=0.0625', 'Head.head_list.1.SARHead.enc_dim=16', 'Head.head_list.1.SARHead.d_k=16')]
-
-def distillbook(*args):
-    "A command in this process (test_cli.py has a shell's)"
-    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='distillbook')
-    if r.exception and not isinstance(r.exception, SystemExit): raise r.exception
-    return CompletedProcess(args, r.exit_code, r.stdout, r.stderr)
 
 def overrides(folder, *more):
     data = [f'{s}.{k}' for s,f in (('Train','train.txt'),('Eval','val.txt')) for k in (f'dataset.data_dir={folder}/words', f'dataset.label_file_list=[{folder}/words/{f}]', 'loader.batch_size_per_card=8', 'loader.num_workers=0')]

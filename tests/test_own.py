@@ -226,7 +226,7 @@ MISTAKES = [ # A change, and what is said of it
     ('Loss.loss_config_list.1.Term.strenth=1', ['Loss.loss_config_list.1.Term.strenth', "'strength'"]),
     ('Loss.loss_config_list.1.Term.strength=[]', ['Loss.loss_config_list.1.Term.strength', 'a number is wanted']),
     ('Loss.loss_config_list.1.Term.weight.start=[]', ['Term.weight.start', 'a number is wanted']),
-    ('Loss.loss_config_list.1.Term.on=Student.head_uot', ["'head_out'"]),
+    ('Loss.loss_config_list.1.Term.on=Student.head_uot', ["'Student.head_out'"]),
     ('Metric.base_metric_name=mine_parts.FirstLeter', ["'FirstLetter'"]),
     ('Metric.plus=x', ['Metric.plus', 'a number']),
     ('Metric.main_indicator=fisrt', ['Metric.main_indicator', "'first'"]),
@@ -247,6 +247,7 @@ MISTAKES = [ # A change, and what is said of it
 @pytest.mark.parametrize('change,says', MISTAKES, ids=[o[0] for o in MISTAKES])
 def test_mistakes(mine, monkeypatch, change, says):
     monkeypatch.chdir(mine)
+    monkeypatch.syspath_prepend(mine)
     fails(inside('train', '-c', 'mine.yml', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', change), *says, after_log=True)
     assert not (mine/'never/latest.pth').exists()
 
@@ -264,6 +265,7 @@ def test_parts_that_fail_when_used(kind, mine, monkeypatch):
     module = f'faulty_{kind}'
     (mine/f'{module}.py').write_text(f'from mine_parts import *\n{code}\n')
     monkeypatch.chdir(mine)
+    monkeypatch.syspath_prepend(mine)
     fails(inside('train', '-c', 'mine.yml', '-o', f'Global.save_model_dir=never', 'Train.loader.num_workers=0', f'{spot}={module}.{name}'), says, after_log=True)
     assert not (mine/'never/latest.pth').exists()
 
@@ -271,6 +273,7 @@ def test_an_error_inside_an_own_operation_is_its_own(mine, monkeypatch):
     "It ends the run as errors do, and says where it happened"
     (mine/'faulty_operation.py').write_text('from mine_parts import *\nclass Noise2(Noise):\n    def __call__(self, sample, rng): return sample["nothing"]\n')
     monkeypatch.chdir(mine)
+    monkeypatch.syspath_prepend(mine)
     with pytest.raises(KeyError, match='nothing'): inside('train', '-c', 'mine.yml', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', 'Train.dataset.transforms.0={faulty_operation.Noise2: {}}')
 
 def test_own_modules_do_not_hide_installed_ones(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from ..core import UserError, unknown, write_beside
 from .evaluation import check_evaluation_keys
-from .losses import LOSS_KEYS, checked_row
+from .losses import LOSS_KEYS, build_terms, checked_row
 from .networks import net_names, task
 from .values import Config, Section, parsed
 
@@ -56,7 +56,7 @@ def check_keys(
     for path,used,unused in fixed_keys(config): ignored += Section(config, *path).only(used, unused)
     for side in ('Train','Eval'): ignored += _check_side(config, side)
     loss = Section(config).maybe('Loss')
-    if loss.get('name') in LOSS_KEYS: loss.only(LOSS_KEYS[loss.get('name')])
+    if loss.get('name') in [*LOSS_KEYS]: loss.only(LOSS_KEYS[loss.get('name')])
     return ignored + check_evaluation_keys(config)
 
 # %% ../../nbs/config/08_files.ipynb #6e57868f
@@ -88,7 +88,10 @@ def check(
     Section(config).only(SECTIONS, ['profiler_options'])
     net_names(config)
     ignored = check_keys(config)
-    if config.get('WithoutTeacher'): check(_without_teacher(config))
+    if config.get('WithoutTeacher'):
+        other = _without_teacher(config)
+        check(other)
+        build_terms(other)
     g = Section(config).maybe('Global')
     for key in TEXTS: g.read(key, str, None)
     for key in COUNTS: g.read(key, int, None, least=1)
@@ -105,7 +108,10 @@ def _without_teacher(config):
     "What the configuration becomes if no teacher can be had"
     other = Section(config).section('WithoutTeacher')
     other.only([s for s in SECTIONS if s!='WithoutTeacher'])
-    return config.copy_with(**other.values, WithoutTeacher=None)
+    plain = config.copy_with(**other.values, WithoutTeacher=None)
+    own = {k[1:]: v for k,v in config.lines.items() if k[0]=='WithoutTeacher' and len(k)>1}
+    plain.lines = {k: v for k,v in config.lines.items() if k[0] not in other.values} | own
+    return plain
 
 def _check_losses(config):
     loss = Section(config).maybe('Loss')
