@@ -1,7 +1,9 @@
 "Detection's label lines, colours, sizes for evaluation, and the way from a page to a batch"
-import cv2, json, logging, math, numpy as np, pytest, torch
+import cv2, json, logging, math, numpy as np, pytest, torch, yaml
+from distillbook.config.data import make_operations
+from distillbook.config.registry import OPERATIONS
 from distillbook.core import UserError
-from distillbook.det.operations import DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, read_points
+from distillbook.det.operations import IGNORE, DetLabelEncode, DetResizeForTest, NormalizeImage, ToCHWImage, fit_size, fraction, read_points
 from distillbook.det.augment import CopyPaste, EastRandomCropData, IaaAugment
 from distillbook.det.render import RenderedPages, write_pages
 from distillbook.det.targets import MakeBorderMap, MakeShrinkMap
@@ -200,3 +202,51 @@ def test_broken_labels_are_named_and_replaced(folder, tmp_path):
     assert len([lines[i] for i in range(4)])==4
     said = ' '.join(lines.faults)
     for o in ('the label has no words', "word 1 has no 'transcription'", 'the label is not JSON', 'label.txt:3'): assert o in said
+
+
+# PaddleOCR's lists of operations
+
+NORM = dict(NormalizeImage=dict(scale='1./255.', mean=[.485,.456,.406], std=[.229,.224,.225], order='hwc'))
+HEAD = [dict(DecodeImage=dict(img_mode='BGR', channel_first=False)), dict(DetLabelEncode=None)]
+TRAIN = [*HEAD, dict(CopyPaste=None), dict(IaaAugment=dict(augmenter_args=[dict(type='Fliplr', args=dict(p=.5)), dict(type='Affine', args=dict(rotate=[-10,10])), dict(type='Resize', args=dict(size=[.5,3]))])),
+    dict(EastRandomCropData=dict(size=[96,96], max_tries=50, keep_ratio=True)), dict(MakeBorderMap=dict(shrink_ratio=.4, thresh_min=.3, thresh_max=.7)), dict(MakeShrinkMap=dict(shrink_ratio=.4, min_text_size=8)), NORM, dict(ToCHWImage=None),
+    dict(KeepKeys=dict(keep_keys=TRAIN_KEYS))]
+
+def test_paddles_training_list(folder, caplog):
+    "The same samples as from operations that were made by hand; and nothing to be told"
+    with caplog.at_level(logging.INFO, 'distillbook'): ops,keys = make_operations(TRAIN, dict(epoch_num=3, use_gpu=True))
+    assert not caplog.messages and [type(o).__name__ for o in ops]==[next(iter(o)) for o in TRAIN[:-1]] and keys==TRAIN_KEYS
+    read,made = SampleSet(label_files(folder/'label.txt', folder), ops, keys, seed=1),pages(folder, seed=1)
+    for i in range(5): assert all(np.array_equal(a, b) for a,b in zip(read[i], made[i], strict=True))
+
+def test_yaml_that_is_like_paddles(folder):
+    text = '''
+- DecodeImage: {img_mode: BGR, channel_first: False}
+- DetLabelEncode:
+- DetResizeForTest:
+    limit_side_len: 96
+    limit_type: max
+- NormalizeImage:
+    scale: 1./255.
+    mean: [0.485, 0.456, 0.406]
+    std: [0.229, 0.224, 0.225]
+    order: 'hwc'
+- ToCHWImage:
+- KeepKeys:
+    keep_keys: ['image', 'shape', 'polys', 'ignore_tags']
+'''
+    ops,keys = make_operations(yaml.safe_load(text), dict(epoch_num=3, use_gpu=True))
+    image,shape,polys,tags = SampleSet(label_files(folder/'label.txt', folder), ops, keys, train=False)[0]
+    assert image.shape==(3,64,96) and shape.tolist()[:2]==[96,128] and len(polys)==len(tags)
+
+@pytest.mark.parametrize('transforms,message', [
+    ([dict(EastRandomCrop=None)], ".0.EastRandomCrop: no operation 'EastRandomCrop'; did you mean 'EastRandomCropData'"), ([dict(MakeShrinkMap=dict(min_size=8))], ".0.MakeShrinkMap.min_size: no setting 'min_size'"), ([dict(ToCHWImage=dict(a=1))], ".0.ToCHWImage.a: no setting 'a'"),
+    ([dict(DetLabelEncode=dict(a=1))], ".0.DetLabelEncode.a: no setting 'a'"), ([*HEAD, dict(IaaAugment=dict(augmenter_args=[dict(type='Flip')]))], r".2.IaaAugment: augmenter_args\[0\]: no type 'Flip'"), ([dict(NormalizeImage=dict(scale='os.getcwd()'))], '.0.NormalizeImage: scale: a number or a fraction'),
+    (HEAD, ': the last operation is KeepKeys'), ([dict(RecResizeImage=dict(image_shape=[3,48,320]))], ".0.RecResizeImage: no operation 'RecResizeImage'; did you mean 'RecResizeImg'"),
+    ([dict(DetResizeForTest=dict(limit_side_len='a'))], r".0.DetResizeForTest.*limit_side_len: .*not 'a'"), ([dict(MakeBorderMap=dict(thresh_min='low'))], ".0.MakeBorderMap.thresh_min: a number is wanted, not 'low'")])
+def test_lists_that_will_not_do(transforms, message):
+    with pytest.raises(UserError, match='^Train.dataset.transforms'+message): make_operations(transforms)
+
+def test_the_table_has_paddles_names():
+    assert {'DecodeImage','KeepKeys','DetLabelEncode','CopyPaste','IaaAugment','EastRandomCropData','MakeBorderMap','MakeShrinkMap','NormalizeImage','ToCHWImage','DetResizeForTest','ColorJitter'} <= set(OPERATIONS)
+    assert set(IGNORE)=={'*','###'}

@@ -2,6 +2,7 @@
 import json, sys
 from pathlib import Path
 import cv2, numpy as np, pytest
+from distillbook.config.data import make_operations
 from distillbook.core import UserError
 from distillbook.det.targets import MakeBorderMap, MakeShrinkMap, border_targets, inside_page, shift_distance, shrink_polygon, shrink_targets, usable_polygons
 from distillbook.det.geometry import area_length, offset_polygon
@@ -73,6 +74,9 @@ def test_distance_and_shift():
     assert len(shrink_polygon(box[::-1]))==1
 
 def test_as_operations():
+    names = [dict(MakeBorderMap=dict(shrink_ratio=.4, thresh_min=.3, thresh_max=.7)), dict(MakeShrinkMap=dict(shrink_ratio=.4, min_text_size=8)), dict(KeepKeys=dict(keep_keys=['image','shrink_map']))]
+    ops,keys = make_operations(names)
+    assert [type(o).__name__ for o in ops]==['MakeBorderMap','MakeShrinkMap'] and keys==['image','shrink_map']
     for op in (MakeBorderMap, MakeShrinkMap):
         with pytest.raises(UserError, match='between 0 and 1'): op(shrink_ratio=1.5)
 

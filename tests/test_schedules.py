@@ -154,6 +154,16 @@ def test_number(good):
     for lr in (dict(name='Const', learning_rate=good), dict(learning_rate=good), dict(name='Piecewise', decay_epochs=[1], values=[good])):
         assert (rate := lr_schedule(lr, 1, 1)(0)) == float(good) and type(rate) is float
 
+def halved(step, epochs, per_epoch, learning_rate, jumps=()): return learning_rate/2**sum(step>=e*per_epoch for e in jumps)
+WRONG = [*((dict(learning_rate=v), f'learning_rate: a number.* is wanted, not {v!r}') for v in (-1, 'x', True, None)), (dict(learning_rate=.1, jumps=[1,'x']), "jumps.1: a number from 0 is wanted, not 'x'"), (dict(learning_rat=.1), "learning_rat: no key 'learning_rat'; did you mean 'learning_rate'")]
+
+def test_a_schedule_of_ones_own():
+    f = lr_schedule(dict(name=f'{__name__}.halved', learning_rate='1e-3', jumps=['1',2]), 4, 4)
+    assert [f(s) for s in (0, 4, 8, 15)] == [1e-3, 5e-4, 2.5e-4, 2.5e-4]
+    for own,message in WRONG:
+        with pytest.raises(UserError, match='^Optimizer.lr.'+message): lr_schedule(dict(own, name=f'{__name__}.halved'), 4, 4)
+    with pytest.raises(UserError, match=f"Optimizer.lr.name: no class or function in {__name__} 'halve'; did you mean 'halved'"): lr_schedule(dict(name=f'{__name__}.halve', learning_rate=.1), 4, 4)
+
 def test_schedules_are_told_only_what_the_table_of_settings_knows():
     for f in SCHEDULES.values(): assert list(inspect.signature(f).parameters)[:3] == ['step','epochs','per_epoch']
 

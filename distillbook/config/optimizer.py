@@ -11,6 +11,8 @@ __all__ = ['RUN_KEYS', 'LR_IGNORED', 'COMMON', 'ADAMW', 'OPTIMIZER_IGNORED', 'as
 # %% ../../nbs/config/07_optimizer.ipynb #fc2345da
 import warnings
 from functools import partial
+import torch
+from torch import nn
 from fastai.basics import OptimWrapper
 from ..core import UserError
 from ..optim import ClipGrad, OwnDecay, decay_groups, l2_groups
@@ -62,11 +64,11 @@ def _own_keys(section, f):
         warnings.warn(f"{section.place(k)} has no effect here, as in PaddleOCR")
     skip = [k for k in section.values if k not in takes]
     own = arguments(f, section, skip, **dict.fromkeys(RUN_KEYS))
-    return {k: _numbers(section, k, v) for k,v in own.items() if k not in RUN_KEYS}
+    words = [k for k,p in parameters(f).items() if p.annotation in (bool,str)]
+    return {k: v if k in words else _numbers(section, k, v) for k,v in own.items() if k not in RUN_KEYS}
 
 def _numbers(section, key, value):
     "A rate or a list of rates: none is negative"
-    if isinstance(value, (bool,str)): return value
     if not isinstance(value, (list,tuple)): return float(section.read(key, float, least=0))
     if not value: raise section.refuse(f"a list of numbers is wanted, not {value!r}", key)
     return [_rate(section, v, key, i) for i,v in enumerate(value)]
@@ -125,7 +127,9 @@ def _optimizer_of(section):
         return called(found, _positive(section, arguments(found, section, skip, OPTIMIZER_IGNORED)), section)
     given = dict.fromkeys(('params','lr','weight_decay'))
     own = arguments(found, section, skip, OPTIMIZER_IGNORED, **given)
-    return partial(found, **{k: v for k,v in own.items() if k not in given})
+    own = {k: v for k,v in own.items() if k not in given}
+    called(found, own | dict(params=[nn.Parameter(torch.zeros(1))], lr=1e-3, weight_decay=0.), section) # Does it work?
+    return partial(found, **own)
 
 def _positive(section, own): return {k: float(section.read(k, float, least=0)) for k in own}
 
