@@ -216,7 +216,7 @@ def _rows(self:CachedNet, keys, x, kwargs):
 # %% ../nbs/learning/10_cache.ipynb #0ee65e4a
 class WatchCache(Callback):
     "Warns, once for each data set, when an epoch of training finds none of its pictures among the kept answers"
-    dataset,epochs,warned = None,0,False
+    dataset,seen,warned = None,0,False # `seen`: epochs of this data set
     def __init__(self,
         cached, # The `CachedNet`s
     ): self.cached = list(cached)
@@ -224,7 +224,7 @@ class WatchCache(Callback):
     def before_fit(self):
         self.on = not hasattr(self.learn, 'lr_finder')
         dataset = getattr(self.dls.train, 'dataset', self.dls.train)
-        if dataset is not self.dataset: self.dataset,self.epochs,self.warned = dataset,0,False
+        if dataset is not self.dataset: self.dataset,self.seen,self.warned = dataset,0,False
 
     def before_train(self): self.wanted,self.hits = [0]*len(self.cached),[0]*len(self.cached)
     def before_batch(self): self.counts = [(net.wanted, net.hits) for net in self.cached]
@@ -236,9 +236,9 @@ class WatchCache(Callback):
 
     def after_train(self):
         if not self.on: return
-        self.epochs += 1
+        self.seen += 1
         in_vain = any(wanted and not hits for wanted,hits in zip(self.wanted, self.hits))
-        if not in_vain or self.warned or self.epochs<=(getattr(self.dataset, 'variants', None) or 1): return
+        if not in_vain or self.warned or self.seen<=(getattr(self.dataset, 'variants', None) or 1): return
         self.warned = True
         log.warning(IN_VAIN)
 

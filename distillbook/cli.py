@@ -22,6 +22,8 @@ from .core import UserError, one_line, unknown
 
 # %% ../nbs/use/08_cli.ipynb #7907b451
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+if '' not in sys.path and os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd()) # Modules of your own, for dotted paths
 RANK = int(os.environ.get('RANK', 0)) # Of several processes that torchrun or accelerate has started
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
@@ -33,7 +35,8 @@ app = typer.Typer(help="Knowledge distillation of text recognisers and detectors
 def one_line_errors():
     "Bad input and ctrl-C end the program with a line and a status, not with a trace"
     warnings.simplefilter('ignore', FutureWarning)
-    try: yield
+    try:
+        yield
     except UserError as e: stop(e, 130 if type(e).__name__=='Stopped' else 2)
     except KeyboardInterrupt: stop('interrupted; what was finished is kept', 130)
     except MemoryError as e: stop(f"not enough memory: {e or 'smaller batches or pictures need less'}", 2)
@@ -67,7 +70,8 @@ def bar(
     return lambda items: track(items, what, console=errors, transient=True, disable=not errors.is_terminal)
 
 # %% ../nbs/use/08_cli.ipynb #55792090
-CONFIG_HELP = "YAML file: PaddleOCR's, or like configs/quickstart.yml; or the name of one that comes along, e.g. quickstart"
+CONFIG_HELP = ("YAML file: PaddleOCR's, or like configs/quickstart.yml; "
+    "or the name of one that comes along, e.g. quickstart")
 OVERRIDE_HELP = 'Change values of the configuration, e.g. -o Global.seed=1 Optimizer.lr.learning_rate=1.0e-3'
 CONFIG = typer.Option(None, '-c', '--config', help=CONFIG_HELP, rich_help_panel='What')
 RUN = typer.Option(None, '--run', help="A run's folder: its configuration and its best state", rich_help_panel='What')
@@ -93,14 +97,16 @@ def table(rows):
 def save_picture(fig, path):
     "Write a figure to a file with a picture's name"
     from distillbook.use.training import save_figure
-    if path.suffix not in ('.png','.pdf','.svg'): raise UserError(f"{path}: a picture's name ends with .png, .pdf or .svg")
+    if path.suffix not in ('.png','.pdf','.svg'):
+        raise UserError(f"{path}: a picture's name ends with .png, .pdf or .svg")
     save_figure(fig, path)
 
 # %% ../nbs/use/08_cli.ipynb #275419a4
 def load(config, run, overrides):
     "The configuration in a file or in a run's folder"
     if (config is None)==(run is None): raise UserError("either -c FILE or --run FOLDER is wanted")
-    if run is not None and not (run/'config.yml').exists(): raise UserError(f"{run} is no run's folder: it has no config.yml")
+    if run is not None and not (run/'config.yml').exists():
+        raise UserError(f"{run} is no run's folder: it has no config.yml")
     from distillbook.config.files import load_config
     show_log()
     return load_config(config or run/'config.yml', overrides)
@@ -113,15 +119,19 @@ def load_trained(config, run, overrides):
 
 def _best_state(run):
     best,last = run/'best_accuracy.pth',run/'latest.pth'
-    if not best.exists() and not last.exists(): raise UserError(f"{run} has no weights yet: neither best_accuracy.pth nor latest.pth is there")
+    if not best.exists() and not last.exists():
+        raise UserError(f"{run} has no weights yet: neither best_accuracy.pth nor latest.pth is there")
     return best if best.exists() else last
 
 # %% ../nbs/use/08_cli.ipynb #5b0797fa
-AMP = dict(bf16=['Global.use_amp=true','Global.amp_dtype=bfloat16'], fp16=['Global.use_amp=true','Global.amp_dtype=float16'], no=['Global.use_amp=false'])
+AMP = dict(bf16=['Global.use_amp=true','Global.amp_dtype=bfloat16'],
+    fp16=['Global.use_amp=true','Global.amp_dtype=float16'], no=['Global.use_amp=false'])
 
 @app.command(**MORE)
-def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', help=CONFIG_HELP), override:list[str]=OVERRIDE,
-    amp:str=typer.Option(None, '--amp', metavar='bf16|fp16|no', help='Mixed precision, whatever the configuration says')):
+def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', help=CONFIG_HELP),
+    override:list[str]=OVERRIDE,
+    amp:str=typer.Option(None, '--amp', metavar='bf16|fp16|no',
+        help='Mixed precision, whatever the configuration says')):
     """Train the networks of a configuration.
 
     Examples: distillbook train -c configs/quickstart.yml -o Global.epoch_num=4
@@ -140,7 +150,7 @@ def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', hel
 
 # %% ../nbs/use/08_cli.ipynb #7e037098
 def _train(cfg):
-    from distillbook.config.experiment import experiment
+    from distillbook.config.assembly import experiment
     from distillbook.use.training import ShowEvals, ShowProgress, show_summary, train
     exp = experiment(cfg)
     exp.run.cbs = [*exp.run.cbs, ShowProgress(errors), ShowEvals(console)]
@@ -152,14 +162,15 @@ def _train(cfg):
 
 # %% ../nbs/use/08_cli.ipynb #0fd15f92
 @app.command(**MORE)
-def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, draw:Path=DRAW, as_json:bool=JSON):
+def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, draw:Path=DRAW,
+    as_json:bool=JSON):
     """Say what a configuration is: each network, its weights and its cost, and what each term connects.
 
     Example: distillbook summary -c ch_PP-OCRv3_det_cml.yml --draw cml.png
     """
     with one_line_errors():
         cfg = load(config, run, [*override, *ctx.args])
-        from distillbook.config.experiment import outline
+        from distillbook.config.assembly import outline
         from distillbook.use.report import draw_summary, setup, summary
         ready = setup(outline(cfg))
         found = summary(ready)
@@ -187,7 +198,7 @@ def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
     """
     with one_line_errors():
         cfg = load(config, None, [*override, *ctx.args])
-        from distillbook.config.experiment import experiment
+        from distillbook.config.assembly import experiment
         from distillbook.use.report import lr_find
         found = lr_find(experiment(cfg), steps)
         if draw: save_picture(found.plot(), draw)
@@ -205,7 +216,7 @@ def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[
     """
     with one_line_errors():
         cfg = load_trained(config, run, [*override, *ctx.args])
-        from distillbook.config.experiment import ready_networks
+        from distillbook.config.assembly import ready_networks
         from distillbook.use.training import evaluate_sets
         got = evaluate_sets(ready_networks(cfg, evals=True), bar('measuring'))
         if list(got)==['eval']: got = got['eval']
@@ -220,7 +231,8 @@ def _numbers(got):
 # %% ../nbs/use/08_cli.ipynb #dae04985
 @app.command()
 def predict(
-    images:list[str]=typer.Argument(None, metavar='IMAGE...', help='Pictures of one line each, or for a detector of whole pages: files, folders or globs'),
+    images:list[str]=typer.Argument(None, metavar='IMAGE...',
+        help='Pictures of one line each, or for a detector of whole pages: files, folders or globs'),
     run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, as_json:bool=JSON,
 ):
     """Read pictures of lines, or find the lines on pages, with what was trained.
@@ -241,7 +253,7 @@ def predict(
 # %% ../nbs/use/08_cli.ipynb #87983d47
 def _predicted(run, config, images, overrides):
     cfg = load_trained(config, run, overrides)
-    from distillbook.config.experiment import ready_networks
+    from distillbook.config.assembly import ready_networks
     from distillbook.data.pictures import image_paths
     from distillbook.use.results import draw_found, predict, save_reads
     if not images and not cfg['Global'].get('infer_img'): raise UserError("which pictures?")
@@ -261,12 +273,15 @@ def _rows_of_texts(rows):
     for r in rows:
         if 'label' in r: yield dict(image=r['image'], text=r['label'], confidence=r['score'])
         for net,v in r.items():
-            if isinstance(v, dict) and 'label' in v: yield dict(image=r['image'], network=net, text=v['label'], confidence=v['score'])
+            if isinstance(v, dict) and 'label' in v:
+                yield dict(image=r['image'], network=net, text=v['label'], confidence=v['score'])
 
 def _table_of_texts(rows):
     named = any('network' in r for r in rows)
     t = Table('image', *(['network'] if named else []), 'text', 'confidence')
-    for r in rows: t.add_row(Text(r['image']), *([r['network']] if 'network' in r else []), Text(r['text']), f"{r['confidence']:.3f}")
+    for r in rows:
+        t.add_row(Text(r['image']), *([r['network']] if 'network' in r else []), Text(r['text']),
+            f"{r['confidence']:.3f}")
     return t
 
 def _table_of_boxes(rows):
@@ -276,14 +291,18 @@ def _table_of_boxes(rows):
         for net,boxes in r.items():
             if net=='image': continue
             mean = sum(o['score'] for o in boxes)/len(boxes) if boxes else None
-            t.add_row(Text(r['image']), '' if net=='boxes' else net, str(len(boxes)), '' if mean is None else f"{mean:.3f}")
+            t.add_row(Text(r['image']), '' if net=='boxes' else net, str(len(boxes)),
+                '' if mean is None else f"{mean:.3f}")
     return t
 
 # %% ../nbs/use/08_cli.ipynb #c2788e63
 @app.command(**MORE)
-def extract(ctx:typer.Context, source:Path=typer.Argument(..., metavar='RUN_OR_CKPT', help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
+def extract(ctx:typer.Context,
+    source:Path=typer.Argument(..., metavar='RUN_OR_CKPT',
+        help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
     net:str=typer.Option('Student', '--net', help='Which network'),
-    out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'), config:Path=CONFIG):
+    out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'),
+    config:Path=CONFIG):
     """Take one network's weights out of a run or a checkpoint.
 
     Examples: distillbook extract output/rec --net Student -o student.safetensors
@@ -292,7 +311,8 @@ def extract(ctx:typer.Context, source:Path=typer.Argument(..., metavar='RUN_OR_C
     """
     with one_line_errors():
         from distillbook.use.weights import extract, save_weights
-        if out.suffix not in ('.safetensors','.pth','.pt','.pdparams'): raise UserError(f"{out}: a file of weights ends with .safetensors, .pth or .pdparams")
+        if out.suffix not in ('.safetensors','.pth','.pt','.pdparams'):
+            raise UserError(f"{out}: a file of weights ends with .safetensors, .pth or .pdparams")
         state = extract(source, net)
         save_weights(state, out, like=_like(source, net, config) if out.suffix=='.pdparams' else None)
         say(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} numbers, in {out}")
@@ -307,13 +327,17 @@ def _like(source, net, config):
     return model[net] if hasattr(model, 'names') else model
 
 # %% ../nbs/use/08_cli.ipynb #35f05183
-NET_HELP = "Which network, default Student, or the only one; 'all': every one; several, with commas between: see --ensemble"
+NET_HELP = ("Which network, default Student, or the only one; 'all': every one; "
+    "several, with commas between: see --ensemble")
 
 @app.command(**MORE)
 def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE,
     net:str=typer.Option(None, '--net', help=NET_HELP), to:str=typer.Option('onnx', '--to', help='onnx or torch'),
-    out:Path=typer.Option(None, '--out', metavar='FOLDER', help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
-    ensemble:str=typer.Option(None, '--ensemble', metavar='outputs|weights', help='One network, the mean of the named ones'), as_json:bool=JSON):
+    out:Path=typer.Option(None, '--out', metavar='FOLDER',
+        help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
+    ensemble:str=typer.Option(None, '--ensemble', metavar='outputs|weights',
+        help='One network, the mean of the named ones'),
+    as_json:bool=JSON):
     """Write networks as ONNX files or torch programs, with a model card beside each.
 
     Examples: distillbook export --run output/rec --net Student --to onnx
@@ -322,26 +346,31 @@ def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[st
     """
     with one_line_errors():
         if to not in ('onnx','torch'): raise unknown('format', to, ['onnx','torch'], '--to')
-        if ensemble not in (None,'outputs','weights'): raise unknown('ensemble', ensemble, ['outputs','weights'], '--ensemble')
+        if ensemble not in (None,'outputs','weights'):
+            raise unknown('ensemble', ensemble, ['outputs','weights'], '--ensemble')
         made = _exported(load_trained(config, run, [*override, *ctx.args]), run, net, to, out, ensemble)
         if as_json: return print(json.dumps([str(p) for p in made]))
         for p in made: say(f'{p}  {p.stat().st_size/1e6:.2f} MB')
 
 def _exported(cfg, run, net, to, out, ensemble):
-    from distillbook.config.experiment import ready_networks
+    from distillbook.config.assembly import ready_networks
     from distillbook.use.export import export_trained
     from distillbook.use.results import trained
     exp = ready_networks(cfg)
     folder = out or Path(cfg['Global'].get('save_inference_dir') or (run or exp.run.folder)/'inference')
     ready = trained(exp)
-    return export_trained(ready, net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets))), to, folder, ensemble)
+    net = net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets)))
+    return export_trained(ready, net, to, folder, ensemble)
 
 # %% ../nbs/use/08_cli.ipynb #164d8477
 @app.command()
 def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures of pages: files, folders or globs'),
-    det:str=typer.Option('PP-OCRv3_det', '--det', help='Detector: an .onnx file, or a name from `distillbook teachers`'),
+    det:str=typer.Option('PP-OCRv3_det', '--det',
+        help='Detector: an .onnx file, or a name from `distillbook teachers`'),
     rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
-    draw:Path=typer.Option(None, '--draw', metavar='OUT.png', help='Draw what was read; for several pictures, a folder'), as_json:bool=JSON):
+    draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
+        help='Draw what was read; for several pictures, a folder'),
+    as_json:bool=JSON):
     """Read whole pages: find the lines, straighten them, read them.
 
     Examples: distillbook read page.png --draw read.png
@@ -357,22 +386,25 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
         if draw: _draw_pages(draw, paths, pages)
         rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in zip(paths, pages)]
         if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}") for r in rows for l in r['lines']])
+        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}")
+            for r in rows for l in r['lines']])
 
 # %% ../nbs/use/08_cli.ipynb #b13cb83e
 def _draw_pages(to, paths, pages):
     import cv2
     from distillbook.core import write_beside
-    from distillbook.use.ocr import as_image, draw
-    if len(paths)==1 and to.suffix not in ('.png','.jpg'): raise UserError(f"{to}: a picture's name ends with .png or .jpg")
+    from distillbook.use.ocr import as_image, draw_page
+    if len(paths)==1 and to.suffix not in ('.png','.jpg'):
+        raise UserError(f"{to}: a picture's name ends with .png or .jpg")
     for p,lines in zip(paths, pages):
         file = to if len(paths)==1 else to/f'{p.stem}.png'
-        picture = cv2.imencode(file.suffix, draw(as_image(p), lines))[1]
+        picture = cv2.imencode(file.suffix, draw_page(as_image(p), lines))[1]
         with write_beside(file) as tmp: tmp.write_bytes(picture.tobytes())
 
 # %% ../nbs/use/08_cli.ipynb #0527f342
 @app.command()
-def compare(runs:list[Path]=typer.Argument(..., metavar='RUN RUN...', help="Runs' folders"), draw:Path=DRAW, as_json:bool=JSON):
+def compare(runs:list[Path]=typer.Argument(..., metavar='RUN RUN...', help="Runs' folders"), draw:Path=DRAW,
+    as_json:bool=JSON):
     """Put runs side by side: what differs in their configurations, and what came of it.
 
     Example: distillbook compare output/alone output/dml output/cml --draw runs.png
@@ -389,8 +421,10 @@ def compare(runs:list[Path]=typer.Argument(..., metavar='RUN RUN...', help="Runs
 @app.command()
 def render(what:str=typer.Argument(..., metavar='rec|det', help='Lines of text, or pages'),
     out:Path=typer.Option(..., '-o', '--out', metavar='FOLDER', help='New folder: images, train.txt, val.txt'),
-    n:int=typer.Option(1000, '-n', min=1, help='Pictures to train on'), val:int=typer.Option(100, '--val', min=1, help='Pictures to measure on'),
-    fonts:str=typer.Option('dejavu', '--fonts', help='dejavu or roboto'), seed:int=typer.Option(0, '--seed', min=0, help='Other words and pictures for another seed')):
+    n:int=typer.Option(1000, '-n', min=1, help='Pictures to train on'),
+    val:int=typer.Option(100, '--val', min=1, help='Pictures to measure on'),
+    fonts:str=typer.Option('dejavu', '--fonts', help='dejavu or roboto'),
+    seed:int=typer.Option(0, '--seed', min=0, help='Other words and pictures for another seed')):
     """Render pictures with labels, in PaddleOCR's layout.
 
     Examples: distillbook render rec -o words -n 2000
@@ -401,7 +435,8 @@ def render(what:str=typer.Argument(..., metavar='rec|det', help='Lines of text, 
         if what not in ('rec','det'): raise unknown('kind of data', what, ['rec','det'])
         from distillbook.use.report import render_det, render_rec
         (render_rec if what=='rec' else render_det)(out, n, val=val, fonts=fonts, seed=seed)
-        sides = ' '.join(f'{side}.dataset.data_dir={out} {side}.dataset.label_file_list=[{out}/{name}.txt]' for side,name in (('Train','train'),('Eval','val')))
+        sides = ' '.join(f'{side}.dataset.data_dir={out} {side}.dataset.label_file_list=[{out}/{name}.txt]'
+            for side,name in (('Train','train'),('Eval','val')))
         say(f"{n} pictures to train on and {val} to measure on are in {out}: -o {sides}")
 
 # %% ../nbs/use/08_cli.ipynb #0de0c360
@@ -415,7 +450,8 @@ def teachers(as_json:bool=JSON):
         t = Table('name', 'what it is', 'package', 'licence', 'MB', 'here')
         for r in rows:
             here = 'yes' if r['here'] else 'no: fetched when first used'
-            t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}", here)
+            t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}",
+                here)
         console.print(t)
 
 # %% ../nbs/use/08_cli.ipynb #3c4d5a84

@@ -1,4 +1,4 @@
-"""Habits that the rest of the book leans on: a clear word for bad input, files that are whole or not there, memory that is not given away.
+"""Reference. Habits that the rest of the book leans on: a clear word for bad input, files that are whole or not there, memory that is not given away.
 
 Docs: https://distillbook.github.io/distillbook/learning/core.html.md"""
 
@@ -39,8 +39,10 @@ def unknown(
     "A `UserError` for a name that is not among `known`, naming the near matches, or else all there are"
     known = [str(k) for k in known]
     near = get_close_matches(str(name), known, n=3, cutoff=0.6)
-    more = f', ... ({len(known)})' if len(known)>20 else ''
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known[:20]) or 'none'}{more}"
+    if near: hint = f"did you mean {' or '.join(map(repr, near))}?"
+    else:
+        more = f', ... ({len(known)})' if len(known)>20 else ''
+        hint = f"there are: {', '.join(known[:20]) or 'none'}{more}"
     return UserError(f"{where + ': ' if where else ''}no {kind} {name!r}; {hint}")
 
 # %% ../nbs/learning/13_core.ipynb #c53fbbab

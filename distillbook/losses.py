@@ -26,7 +26,8 @@ def pair(
     a:Tensor, b:Tensor, # Two outputs
 )->list: # Both through `upcast`
     "Two tensors of one shape, or a `UserError`"
-    if a.shape!=b.shape: raise UserError(f"{name} wants two outputs of the same shape, not {list(a.shape)} and {list(b.shape)}")
+    if a.shape!=b.shape:
+        raise UserError(f"{name} wants two outputs of the same shape, not {list(a.shape)} and {list(b.shape)}")
     return upcast(a, b)
 
 # %% ../nbs/learning/01_losses.ipynb #2b66d642
@@ -63,7 +64,8 @@ def dml(
 dml.shapes = 'same'
 
 # %% ../nbs/learning/01_losses.ipynb #ca27b789
-_ratios = {'kl': lambda x,y,eps: (x+eps)/(y+eps), 'js': lambda x,y,eps: (2*x+eps)/(x+y+eps)}
+_ratios = {'kl': lambda x,y,eps: (x+eps)/(y+eps),
+           'js': lambda x,y,eps: (2*x+eps)/(x+y+eps)}
 _reductions = {'mean': torch.mean, 'sum': lambda o: o.sum()/len(o), 'none': lambda o: o}
 
 def kljs(
@@ -76,7 +78,8 @@ def kljs(
     if reduction not in _reductions: raise unknown('reduction', reduction, _reductions, 'kljs')
     p,q = pair('kljs', p, q)
     ratio,eps = _ratios[mode],1e-5
-    return _reductions[reduction]((q*(ratio(q, p, eps)+eps).log() + p*(ratio(p, q, eps)+eps).log()) / 2)
+    each = (q*(ratio(q, p, eps)+eps).log() + p*(ratio(p, q, eps)+eps).log()) / 2
+    return _reductions[reduction](each)
 
 kljs.shapes = 'same'
 
@@ -120,7 +123,8 @@ def distance(
     "Squared, absolute or smooth absolute difference, with gradients into both"
     if mode not in _distances: raise unknown('mode', mode, _distances, 'distance')
     if reduction not in ('mean','sum'): raise unknown('reduction', reduction, ('mean','sum'), 'distance')
-    return _distances[mode](*pair('distance', a, b), reduction=reduction, **(dict(delta=delta) if mode=='smooth_l1' else {}))
+    kw = dict(delta=delta) if mode=='smooth_l1' else {}
+    return _distances[mode](*pair('distance', a, b), reduction=reduction, **kw)
 
 # %% ../nbs/learning/01_losses.ipynb #d27b564a
 def target_and_rest(
@@ -139,12 +143,15 @@ def dkd(
     alpha:float=1., # Weight of the target class against all others
     beta:float=8., # Weight of the others among themselves
     T:float=4., # Temperature
-    detach:bool=True, # Is the teacher's answer data? PaddleOCR's `DKDLoss` sends a gradient into the teacher, unless it is frozen
+    detach:bool=True, # Is the teacher's answer data? PaddleOCR's `DKDLoss` sends a gradient into a teacher that trains
 )->Tensor:
     "Decoupled distillation: the two halves of `kd`, weighted on their own"
     s,t = pair('dkd', student, teacher.detach() if detach else teacher)
-    if targets.shape!=s.shape[:-1]: raise UserError(f"dkd wants a class for each position, {list(s.shape[:-1])}, not targets of shape {list(targets.shape)}")
-    (s_which,s_rest),(t_which,t_rest) = target_and_rest(s/T, targets),target_and_rest(t/T, targets)
+    if targets.shape!=s.shape[:-1]:
+        raise UserError(f"dkd wants a class for each position, {list(s.shape[:-1])}, "
+                        f"not targets of shape {list(targets.shape)}")
+    s_which,s_rest = target_and_rest(s/T, targets)
+    t_which,t_rest = target_and_rest(t/T, targets)
     return T**2 * (alpha*kl(t_which, s_which) + beta*kl(t_rest, s_rest))
 
 dkd.shapes = 'same'
@@ -191,7 +198,8 @@ def attention_transfer(
 )->Tensor: # Mean over the batch, 0 to 2
     "Squared distance of the normalised attention maps, with gradients into both"
     if a.ndim!=4 or b.ndim!=4 or len(a)!=len(b):
-        raise UserError(f"attention_transfer wants features [N,C,H,W] of one batch, not {list(a.shape)} and {list(b.shape)}")
+        raise UserError("attention_transfer wants features [N,C,H,W] of one batch, "
+                        f"not {list(a.shape)} and {list(b.shape)}")
     a,b = map(attention, upcast(a, b))
     size = [min(o) for o in zip(a.shape[1:], b.shape[1:])]
     a,b = [F.adaptive_avg_pool2d(o, size).flatten(1) for o in (a, b)]

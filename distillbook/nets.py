@@ -26,7 +26,8 @@ class Nets(nn.Module):
         bf16=(), # Names of those that compute in bfloat16 while they are frozen
     ):
         super().__init__()
-        if not isinstance(nets, dict) or not nets: raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
+        if not isinstance(nets, dict) or not nets:
+            raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
         self.names,self.frozen,self.taps,self.tapped = list(nets),set(),{},[]
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
         self.bf16 = {n for n in bf16 if self[n] is not None}
@@ -61,14 +62,34 @@ def forward(self:Nets,
     *xb, # The inputs; last, if a network wants them, the `Targets`
 )->dict:
     "`{name: output}`"
-    plain = lambda os: [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in os]
-    given = xb and (isinstance(xb[-1], Targets) or isinstance(xb[-1], tuple) and self.want_targets())
-    *xb,targets = xb if given else (*xb, None)
-    xb,targets = plain(xb),None if targets is None else plain(targets)
+    xb,targets = self._taken_apart(xb)
     self.taps.clear()
-    with self._tapping(): outs = {n: self._run(n, xb, targets) for n in sorted(self.names, key=lambda n: n not in self.frozen)}
+    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
+    with self._tapping(): outs = {n: self._run(n, xb, targets) for n in frozen_first}
     return {n: outs[n] for n in self.names}
 
+@patch
+def _taken_apart(self:Nets, xb):
+    "Inputs and targets, as plain tensors"
+    has_targets = xb and (isinstance(xb[-1], Targets) or isinstance(xb[-1], tuple) and self.want_targets())
+    if has_targets: return _plain(xb[:-1]),_plain(xb[-1])
+    return _plain(xb),None
+
+def _plain(os): return [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in os]
+
+@patch
+def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)
+
+@patch
+def wants(self:Nets, name:str)->set:
+    "Which of `targets` and `whole` a network's `forward` asks for"
+    forward = self[name].forward
+    return _asks(getattr(forward, '__func__', forward))
+
+@lru_cache
+def _asks(forward): return {'targets','whole'} & set(inspect.signature(forward).parameters)
+
+# %% ../nbs/learning/02_nets.ipynb #8453d07f
 @patch
 def _run(self:Nets, name, xb, targets):
     net,wants = self._modules[name],self.wants(name)
@@ -88,31 +109,24 @@ def _precision(self:Nets, name, xb):
     return torch.autocast(device, torch.bfloat16) if name in self.bf16 else nullcontext()
 
 def _float32(o):
+    "bfloat16 to float32 in whatever a network returns"
     if isinstance(o, dict): return {k: _float32(v) for k,v in o.items()}
-    if isinstance(o, (tuple,list)): return type(o)(*map(_float32, o)) if hasattr(o, '_fields') else type(o)(map(_float32, o))
+    if isinstance(o, (tuple,list)):
+        items = [_float32(v) for v in o]
+        return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
     return o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o
 
-@patch
-def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)
-
-@patch
-def wants(self:Nets, name:str)->set:
-    "Which of `targets` and `whole` a network's `forward` asks for"
-    forward = self[name].forward
-    return _asks(getattr(forward, '__func__', forward))
-
-@lru_cache
-def _asks(forward): return {'targets','whole'} & set(inspect.signature(forward).parameters)
-
-# %% ../nbs/learning/02_nets.ipynb #8453d07f
+# %% ../nbs/learning/02_nets.ipynb #dd9e5062
 @patch
 @contextmanager
 def _tapping(self:Nets):
+    "Hooks on the tapped modules for as long as a batch runs"
     def keep(address, module, args, out): self.taps[address] = out.clone() if isinstance(out, Tensor) else out
     with ExitStack() as hooks:
         for address in self.tapped:
             name,_,path = address.partition('.')
-            hooks.callback(self[name].get_submodule(path).register_forward_hook(partial(keep, address)).remove)
+            hook = self[name].get_submodule(path).register_forward_hook(partial(keep, address))
+            hooks.callback(hook.remove)
         yield
 
 @patch
@@ -142,11 +156,17 @@ def unfreeze(self:Nets, *names):
         for p in net.__dict__.pop('_trainable', []): p.requires_grad_(True)
     _not_shared(self)
 
-def _not_shared(self:Nets):
-    still = {id(m): n for n in self.frozen for m in self[n].modules() if [*m.parameters(False), *m.buffers(False)]}
-    for n in self.names:
-        both = [p for p,m in self[n].named_modules() if id(m) in still] if n not in self.frozen else []
-        if both: raise UserError(f"{n!r} trains and shares its layer {both[0]!r} with a frozen net; give one of them a copy.deepcopy")
+def _not_shared(nets:Nets):
+    "`UserError` if a frozen network and one that trains have a layer in common"
+    def layers(name):
+        "Path and module of what holds tensors itself"
+        return [(path,m) for path,m in nets[name].named_modules() if [*m.parameters(False), *m.buffers(False)]]
+    still = {id(m) for n in nets.frozen for _,m in layers(n)}
+    for n in nets.names:
+        both = [path for path,m in layers(n) if id(m) in still] if n not in nets.frozen else []
+        if both:
+            raise UserError(f"{n!r} trains and shares its layer {both[0]!r} with a frozen net; "
+                            "give one of them a copy.deepcopy")
 
 # %% ../nbs/learning/02_nets.ipynb #6a739ede
 def look_up(
@@ -157,9 +177,9 @@ def look_up(
     name,*path = address.split('.')
     o = outs[name]
     for p in path:
-        if isinstance(o, dict): o = {str(k): v for k,v in o.items()}[p]
-        elif isinstance(o, (tuple,list)) and p.isdigit() and int(p)<len(o): o = o[int(p)]
-        else: raise KeyError(address)
+        if not isinstance(o, (dict,tuple,list)): raise KeyError(address)
+        items = o.items() if isinstance(o, dict) else enumerate(o)
+        o = {str(k): v for k,v in items}[p]
     return o
 
 # %% ../nbs/learning/02_nets.ipynb #0b65a87a
@@ -211,7 +231,8 @@ class Projector(nn.Module):
     ):
         super().__init__()
         if len(src)!=len(dst) or len(src) not in (2,3,4):
-            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], [N,T,C] or [N,C,H,W] (a loss that takes differing shapes says so with shapes='any')")
+            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], [N,T,C] or [N,C,H,W] "
+                            "(a loss that takes differing shapes says so with shapes='any')")
         c_in,c_out = (src[1],dst[1]) if len(src)==4 else (src[-1],dst[-1])
         if c_in==c_out: self.channels = nn.Identity()
         else: self.channels = nn.Conv2d(c_in, c_out, 1) if len(src)==4 else nn.Linear(c_in, c_out)

@@ -1,4 +1,4 @@
-"""The learning rate as a plain function of the step, in PaddleOCR's eight shapes.
+"""Reference. The learning rate as a plain function of the step, in PaddleOCR's eight shapes.
 
 Docs: https://distillbook.github.io/distillbook/learning/schedules.html.md"""
 
@@ -6,13 +6,12 @@ Docs: https://distillbook.github.io/distillbook/learning/schedules.html.md"""
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'const', 'step_decay', 'multi_step', 'piecewise', 'linear', 'cosine', 'cyclical_cosine', 'one_cycle',
-           'warmed_up', 'settings', 'number', 'setting', 'known_keys', 'lr_schedule', 'FollowSchedule']
+           'warmed_up', 'FollowSchedule']
 
 # %% ../nbs/learning/07_schedules.ipynb #b6a82c53
-import inspect, math, warnings
-from functools import partial
+import math
 from fastai.basics import Callback
-from .core import UserError, unknown
+from .core import unknown
 
 # %% ../nbs/learning/07_schedules.ipynb #e6e23dc0
 def const(step, epochs, per_epoch, learning_rate:float): return learning_rate
@@ -72,81 +71,9 @@ def warmed_up(step,
     f, # From a step to the rate, for the time after it
 ): return peak*step/n if step<n else f(step-n)
 
-# %% ../nbs/learning/07_schedules.ipynb #9fd07277
-SCHEDULES = dict(Const=const, Step=step_decay, MultiStepDecay=multi_step, Piecewise=piecewise, Linear=linear, Cosine=cosine,
-                 CyclicalCosine=cyclical_cosine, OneCycle=one_cycle)
-
-def settings(f)->dict: # Name to `inspect.Parameter`
-    "What a schedule is told in the YAML"
-    return {k: p for k,p in inspect.signature(f).parameters.items() if k not in ('step','epochs','per_epoch')}
-
-# %% ../nbs/learning/07_schedules.ipynb #dfaad829
-def number(
-    value, # E.g. 0.001 or '1e-3'
-    where:str, # What it is, for the message
-)->float:
-    "A number that is not negative, also if it was given as text"
-    try: x = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError): x = math.nan
-    if not 0<=x<1e18: raise UserError(f"{where} must be a number, 0 or more{' and below 1e18' if x>0 else ''}, not {value!r}")
-    return x
-
-def setting(p:inspect.Parameter, value, where:str):
-    "A value from the YAML as the schedule wants it"
-    if p.annotation is bool or p.annotation is str:
-        if not isinstance(value, p.annotation): raise UserError(f"{where} must be {'true or false' if p.annotation is bool else 'text'}, not {value!r}")
-        return value
-    if p.annotation is not list: return number(value, where)
-    if not isinstance(value, (list,tuple)) or not value: raise UserError(f"{where} must be a list of numbers, not {value!r}")
-    return [number(v, f'{where}[{i}]') for i,v in enumerate(value)]
-
-# %% ../nbs/learning/07_schedules.ipynb #c8113508
-def known_keys(
-    given:dict, # A section of a config
-    mine, # The keys that are used
-    others, # Keys that are known but would have no effect here
-    where:str, # E.g. 'Optimizer.lr'
-    silent=(), # Keys without effect of which nobody need be told
-)->dict: # Those of `given` that are used
-    "Only the keys that mean something; a warning for those that have no effect, `UserError` for those that nobody knows"
-    for k in given:
-        if k in mine or k in silent: continue
-        if k not in others: raise unknown('key', k, dict.fromkeys([*mine, *others]), where)
-        warnings.warn(f"{where}.{k} has no effect here, as in PaddleOCR")
-    return {k: v for k,v in given.items() if k in mine}
-
-# %% ../nbs/learning/07_schedules.ipynb #5b8e0703
-def lr_schedule(
-    lr:dict, # The section `Optimizer.lr` of a PaddleOCR config
-    epochs:int, # `Global.epoch_num`
-    steps_per_epoch:int, # Batches in an epoch
-): # From a step, counted from 0 over the whole run, to its rate
-    "The learning rate as a function of the step, as PaddleOCR has it"
-    where = 'Optimizer.lr'
-    if not isinstance(lr, dict): raise UserError(f"{where} must be a section such as {{name: Const, learning_rate: 0.001}}, not {lr!r}")
-    if epochs<1 or steps_per_epoch<1: raise UserError(f"{epochs} epochs of {steps_per_epoch} steps: a schedule needs at least one of each")
-    name = lr.get('name', 'Const')
-    if name not in [*SCHEDULES]: raise unknown('schedule', name, SCHEDULES, f'{where}.name')
-    f,every = SCHEDULES[name],{k for o in SCHEDULES.values() for k in settings(o)} | {'warmup_epoch'}
-    wants = settings(f)
-    lr = known_keys(lr, [*wants, 'name', *(['warmup_epoch'] if 'name' in lr else [])], every, where, silent=('epochs','step_each_epoch','last_epoch'))
-    missing = [k for k,p in wants.items() if p.default is p.empty and k not in lr]
-    if missing: raise UserError(f"{where}: {name} needs {' and '.join(missing)}")
-    kw = {k: setting(p, lr[k], f'{where}.{k}') for k,p in wants.items() if k in lr}
-    _sensible(kw, steps_per_epoch, where)
-    f = partial(f, epochs=epochs, per_epoch=steps_per_epoch, **kw)
-    n = round(number(lr.get('warmup_epoch') or 0, f'{where}.warmup_epoch')*steps_per_epoch)
-    return partial(warmed_up, n=n, peak=kw.get('learning_rate', kw.get('max_lr', kw.get('values', [0.])[0])), f=f) if n else f
-
-# %% ../nbs/learning/07_schedules.ipynb #5a124efd
-def _sensible(kw, per_epoch, where):
-    for k in ('decay_epochs','milestones'):
-        if kw.get(k, [])!=sorted(kw.get(k, [])): raise UserError(f"{where}.{k} must rise, not {kw[k]}")
-    for k in ('cycle','step_size'):
-        if k in kw and round(kw[k]*per_epoch)<1: raise UserError(f"{where}.{k}: {kw[k]:g} epochs are less than a step")
-    if len(kw.get('values', [])) > len(kw.get('decay_epochs', []))+1:
-        raise UserError(f"{where}: {len(kw['values'])} values need {len(kw['values'])-1} decay_epochs, there are {len(kw['decay_epochs'])}")
-    if kw.get('anneal_strategy', 'cos') not in ('cos','linear'): raise unknown('anneal_strategy', kw['anneal_strategy'], ['cos','linear'], where)
+# %% ../nbs/learning/07_schedules.ipynb #fd45a745
+SCHEDULES = dict(Const=const, Step=step_decay, MultiStepDecay=multi_step, Piecewise=piecewise,
+                 Linear=linear, Cosine=cosine, CyclicalCosine=cyclical_cosine, OneCycle=one_cycle)
 
 # %% ../nbs/learning/07_schedules.ipynb #b96e2c76
 class FollowSchedule(Callback):

@@ -26,7 +26,7 @@ class Term:
     def __init__(self,
         fn, # `fn(output, *targets)` for one address, `fn(output, output, ...)` for more; gives a scalar
         *addresses, # E.g. 'Student', 'Teacher.head_out.ctc', 'Student.backbone.layer3'
-        targets=None, # Positions of the targets that `fn` gets after the outputs, e.g. [0, 2]; default: all or none, see above
+        targets=None, # Positions of the targets that `fn` gets after the outputs, e.g. [0, 2]; default: see above
         weight=1., # A number, or a function of the progress of training, 0..1
         name:str=None, # For logs and plots; default: the function's name and the nets'
     ):
@@ -130,13 +130,13 @@ def _distinct(terms):
 @contextmanager
 def dry_run(nets:Nets):
     "Run `nets` without trace: buffers, mode and random states are afterwards what they were"
-    kept,mode = {k: b.clone() for k,b in nets.named_buffers()},nets.training
+    before,mode = {k: b.clone() for k,b in nets.named_buffers()},nets.training
     try:
         with no_random(), torch.no_grad(): yield
     finally:
         with torch.no_grad():
             for k,b in nets.named_buffers():
-                if k in kept: b.copy_(kept[k])
+                if k in before: b.copy_(before[k])
         nets.train(mode)
 
 # %% ../nbs/learning/03_terms.ipynb #1b501e04
@@ -146,45 +146,65 @@ def connect(self:Terms,
     yb=(), # The targets, a tuple
 )->dict: # What the networks gave in evaluation mode
     "Try all terms on one batch: tap, project, and fail now on what would fail later"
-    if set(self.nets.frozen)!=set(self.nets.names) and not any(a.partition('.')[0] not in self.nets.frozen for t in self.terms for a in t.addresses):
-        raise UserError(f"all terms are about frozen nets ({', '.join(sorted(self.nets.frozen))}), so nothing would learn")
+    self._check_that_somebody_learns()
     with dry_run(self.nets):
         outs = _answers(self.nets.train(), xb)
         for t in self.terms:
             for a in t.addresses: self.nets.tap(a, outs)
-        outs = self.nets(*xb) if self.nets.tapped else outs
+        if self.nets.tapped: outs = self.nets(*xb)
     for t in self.terms: self._bridge(t, outs)
     with dry_run(self.nets):
         for t in self.terms: self._try(t, outs, yb)
         outs = _answers(self.nets.eval(), xb)
-        self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not all(self._has(a, outs) for a in t.addresses)}
+        self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not self._all_there(t, outs)}
     return outs
 
-# %% ../nbs/learning/03_terms.ipynb #487abb07
-def _answers(nets, xb):
-    try: return nets(*xb)
-    except UserError: raise
-    except Exception as e: raise UserError(f"{', '.join(getattr(e, '__notes__', ['a network']))} fails on a batch {[list(o.shape) for o in xb if isinstance(o, Tensor)]}: {type(e).__name__}: {e}") from e
+@patch
+def _check_that_somebody_learns(self:Terms):
+    names = {a.partition('.')[0] for t in self.terms for a in t.addresses}
+    all_frozen = set(self.nets.frozen)==set(self.nets.names) # Then the learner says so
+    if all_frozen or not names<=self.nets.frozen: return
+    frozen = ', '.join(sorted(self.nets.frozen))
+    raise UserError(f"all terms are about frozen nets ({frozen}), so nothing would learn")
 
-def _mark(fn, name): return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
+# %% ../nbs/learning/03_terms.ipynb #487abb07
+def _mark(fn, name):
+    "What a loss function says of itself, also through a `partial`"
+    return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
 
 @patch
-def _has(self:Terms, address, outs):
-    try: return self.nets.find(address, outs) is not None
+def _all_there(self:Terms, t, outs):
+    "Are there outputs at all of a term's addresses?"
+    try: return all(self.nets.find(a, outs) is not None for a in t.addresses)
     except UserError: return False
 
+def _answers(nets, xb):
+    "What the networks give for a batch, or a `UserError` that names the network"
+    try: return nets(*xb)
+    except UserError: raise
+    except Exception as e:
+        name = ', '.join(getattr(e, '__notes__', ['a network']))
+        raise UserError(f"{name} fails on a batch {_shapes(xb)}: {type(e).__name__}: {e}") from e
+
+def _shapes(xb): return [list(o.shape) for o in xb if isinstance(o, Tensor)]
+
+# %% ../nbs/learning/03_terms.ipynb #075bc986
 @patch
 def _bridge(self:Terms, t, outs):
+    "Make a projector if a term compares features of different shapes"
     if len(t.addresses)<2: return
     a,b = (self.nets.find(o, outs) for o in t.addresses[:2])
     rule = _mark(t.fn, 'shapes')
     if rule=='any' or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape==b.shape: return
-    if rule=='same': raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} but {t.addresses[1]} {list(b.shape)}")
+    if rule=='same':
+        raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} "
+                        f"but {t.addresses[1]} {list(b.shape)}")
     with torch.random.fork_rng(): self.nets.add_projector(t.name, a.shape, b.shape)
     self.nets.to(a.device)
 
 @patch
 def _try(self:Terms, t, outs, yb):
+    "Call a term's function once"
     if t.targets is not None: t.chosen(yb)
     try: v = t(*self.inputs(t, outs), targets=yb)
     except Exception as e: raise UserError(f"term {t!r} fails on a batch: {type(e).__name__}: {e}") from e

@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader as TorchDL, RandomSampler, TensorDataset
 
 from distillbook.cache import CachedNet
 from distillbook.checkpoint import Checkpoint, Stopped, frozen_hashes, load_file, plain, save_file, state_hash, without_frozen
+from distillbook.config import lr_schedule
 from distillbook.core import UserError
 from distillbook.learner import NonFiniteLoss, distill_learner
 from distillbook.losses import distance, dml, kd
 from distillbook.data.loader import SampleDL
 from distillbook.data.sets import SampleSet
 from distillbook.nets import Nets
-from distillbook.schedules import FollowSchedule, lr_schedule
+from distillbook.schedules import FollowSchedule
 from distillbook.terms import Term
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import cv2, numpy as np, pytest, torch
 from distillbook.config import build_decoder
 from distillbook.core import UserError
 from benchmarks.boxes import batch_of, loop, same
-from distillbook.det.boxes import DBPostProcess, draw_boxes, draw_found, mean_inside, missed_words, order_corners, outlines, rectangles, unclip_distance
+from distillbook.det.boxes import DBPostProcess, draw_boxes, mean_inside, order_corners, outlines, rectangles, unclip_distance
 from distillbook.det.geometry import offset_polygon, to_shapely
 
 Z = np.load(Path(__file__).parent/'golden'/'post_det.npz')
@@ -152,3 +152,7 @@ def test_from_a_configuration():
     assert list(got)==['Student','Student2']
     want = Z['DB_quad_fast_dil0_0.3_0.6_1.5|out|b0']
     for net in got: assert np.array_equal(got[net][0]['points'], want)
+
+def test_the_decoder_takes_the_output_as_it_is():
+    assert DBPostProcess.head is None
+    with pytest.raises(UserError, match='shapes .* are wanted, not None'): DBPostProcess()(np.zeros((1,1,32,32), np.float32))

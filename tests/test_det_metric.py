@@ -31,7 +31,7 @@ def by_the_rules(words, ignore, boxes, iou=.5, part=.5):
 def counts(words, ignore, boxes, **kw):
     m = DetMetric(**kw)
     m.add([dict(points=boxes)], (None, None, [words], [ignore]))
-    return m.matched,m.found,m.there
+    return m.matched,m.n_boxes,m.n_words
 
 def quads(rng, n, size=100):
     "Slanted, some of them crossed or flat"

@@ -132,7 +132,7 @@ def test_counts(monkeypatch):
 def test_another_number_of_ranks():
     "May go on between two epochs; within one only if a step has as many pictures"
     was = {'the number of ranks': 2, 'the number of batches in an epoch': 5, 'x': '1'}
-    state = dict(model={}, opt={}, random={}, start={}, batch=None, epoch=1, setup=was)
+    state = dict(model={}, frozen={}, opt={}, random={}, start={}, batch=None, epoch=1, setup=was)
     check_same(state, {**was, 'the number of ranks': 1, 'the number of batches in an epoch': 10}, 4, 'f')
     check_same({**state, 'batch': 3}, {**was, 'the number of ranks': 1}, 4, 'f')
     with pytest.raises(UserError, match='number of batches'): check_same({**state, 'batch': 3}, {**was, 'the number of ranks': 1, 'the number of batches in an epoch': 10}, 4, 'f')

@@ -4,21 +4,18 @@ from pathlib import Path
 import cv2, numpy as np, onnx, pytest, torch
 from torch import nn
 from distillbook.core import UserError
-from distillbook.det.nets import build_det, plain_det
+from distillbook.det.nets import plain_det
 from distillbook.det.render import render_page
 from distillbook.use.export import *
 from distillbook.rec.render import normalise, render_words
 from distillbook.rec.labels import Alphabet
-from distillbook.rec.nets import PlainStudent, Sliced, build_rec, ppocrv3_rec
+from distillbook.rec.nets import PlainStudent, Sliced, ppocrv3_rec
 from distillbook.use.teachers import OnnxNet, load_teacher
-from distillbook.use.training import Trained
+from distillbook.use.results import Trained
 from distillbook.data.render import font_files, make_words
+from small_nets import small_det, small_rec
 
 AB = Alphabet('0123456789abcdefghijklmnopqrstuvwxyz')
-HEADS = dict(return_all_feats=True, Backbone=dict(name='MobileNetV1Enhance', scale=0.0625, last_conv_stride=[1, 2], last_pool_type='avg', last_pool_kernel_size=[2, 2]), Head=dict(name='MultiHead', head_list=[
-    dict(CTCHead=dict(Neck=dict(name='svtr', dims=8, depth=1, hidden_dims=16, use_guide=True), Head=dict(fc_decay=1e-5))), dict(SARHead=dict(enc_dim=16, d_k=12))]))
-SMALL_DET = dict(Backbone=dict(name='MobileNetV3', scale=.25, model_name='small'), Neck=dict(name='RSEFPN', out_channels=24), Head=dict(name='DBHead', k=50))
-CLASSES = dict(CTCLabelDecode=37, SARLabelDecode=39)
 
 def lively(net, seed=0):
     "A net whose answers depend on the picture: running statistics and last layers that are not at their beginning"
@@ -28,7 +25,7 @@ def lively(net, seed=0):
         if isinstance(m, nn.Linear): m.weight.data *= 3
     return net.eval()
 
-RECS = dict(heads=lambda: build_rec(HEADS, CLASSES), plain=lambda: PlainStudent(37, (8,8,8,16)), sliced=lambda: Sliced(PlainStudent(50, (8,8,8,16)), range(37)), v3=lambda: ppocrv3_rec(37, return_all_feats=True))
+RECS = dict(heads=lambda: small_rec(AB), plain=lambda: PlainStudent(37, (8,8,8,16)), sliced=lambda: Sliced(PlainStudent(50, (8,8,8,16)), range(37)), v3=lambda: ppocrv3_rec(37, return_all_feats=True))
 
 @pytest.mark.parametrize('name', RECS)
 def test_recognisers(name, tmp_path):
@@ -50,15 +47,15 @@ def test_recognisers(name, tmp_path):
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and not net.training
 
 def test_nothing_that_only_trains_is_in_the_file(tmp_path):
-    net = build_rec(HEADS, CLASSES)
+    net = small_rec(AB)
     path = export_onnx(net, tmp_path/'r.onnx', 'rec', AB)
     ops = {n.op_type for n in onnx.load(path).graph.node}
     assert 'LSTM' not in ops and 'Softmax' in ops
     assert open_onnx(path)[1]['parameters']==sum(p.numel() for k,p in net.named_parameters() if 'sar_head' not in k)<sum(p.numel() for p in net.parameters())
-    det = export_onnx(build_det(SMALL_DET), tmp_path/'d.onnx', 'det', shape=(3,None,None))
+    det = export_onnx(small_det(), tmp_path/'d.onnx', 'det', shape=(3,None,None))
     assert sum(n.op_type=='ConvTranspose' for n in onnx.load(det).graph.node)==2
 
-@pytest.mark.parametrize('make', [lambda: build_det(SMALL_DET), plain_det, lambda: load_teacher('PP-OCRv3_det')], ids=['small', 'plain', 'released'])
+@pytest.mark.parametrize('make', [small_det, plain_det, lambda: load_teacher('PP-OCRv3_det')], ids=['small', 'plain', 'released'])
 def test_detectors(make, tmp_path):
     net = make().eval()
     session,_ = open_onnx(export_onnx(net, tmp_path/'d.onnx', 'det', shape=(3,None,None)))
@@ -68,7 +65,7 @@ def test_detectors(make, tmp_path):
         assert np.abs(session.run(None, dict(x=x.numpy()))[0]-want).max()<1e-4  # A page's edges are steep
 
 def test_torch_program(tmp_path):
-    net = lively(build_rec(HEADS, CLASSES))
+    net = lively(small_rec(AB))
     extra = {'about.json': ''}
     program = torch.export.load(export_torch(net, tmp_path/'r.pt2', 'rec', AB), extra_files=extra).module()
     assert json.loads(extra['about.json'])['character'].split('\n')==AB.chars

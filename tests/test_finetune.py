@@ -6,13 +6,12 @@ from distillbook.core import UserError
 from distillbook.det.nets import plain_det, ppocrv3_det
 from distillbook.use.finetune import new_threshold, remap_classes
 from distillbook.rec.labels import Alphabet, SARClasses
-from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
+from distillbook.rec.nets import PlainStudent, ppocrv3_rec
+from small_nets import small_rec
 
 A,B = Alphabet('abcdef'),Alphabet('fxayb')
-HEADS = dict(return_all_feats=True, Backbone=dict(name='MobileNetV1Enhance', scale=0.0625, last_conv_stride=[1, 2], last_pool_type='avg', last_pool_kernel_size=[2, 2]), Head=dict(name='MultiHead', head_list=[
-    dict(CTCHead=dict(Neck=dict(name='svtr', dims=8, depth=1, hidden_dims=16, use_guide=True), Head=dict(fc_decay=2e-5))), dict(SARHead=dict(enc_dim=16, d_k=12))]))
 
-def both(alphabet): return build_rec(HEADS, dict(CTCLabelDecode=len(alphabet), SARLabelDecode=len(SARClasses(alphabet.chars))))
+def both(alphabet): return small_rec(alphabet, 2e-5)
 
 @pytest.mark.parametrize('begin', ['random', 'mean'])
 @pytest.mark.parametrize('make', [lambda: PlainStudent(len(A), (8,8,8,8)), lambda: both(A), lambda: ppocrv3_rec(len(A))], ids=['plain', 'heads', 'v3'])

@@ -48,15 +48,15 @@ def test_order_of_tilted_rows(degrees):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         boxes,p = sheet(degrees, rng),rng.permutation(42)
-        assert abs(np.degrees(slope(boxes))-degrees)<1e-6
+        assert abs(np.degrees(page_slope(boxes))-degrees)<1e-6
         assert [int(p[i]) for i in order_boxes(boxes[p])]==list(range(42))
 
 def test_slope():
     "Strays and upright boxes do not lean the page"
     level = np.array([box(0, 40*i, 200, 20) for i in range(5)])
     stray,upright,point = np.array([box(300, 0, 40, 20, .8)]*5),np.array([[[300,0],[320,5],[300,205],[280,200]]]*20),np.zeros((3,4,2))
-    assert slope(np.concatenate([level, stray, upright, point]))==0 and slope(upright)==0 and slope(point)==0
-    assert np.isclose(slope(np.concatenate([level[:1], stray, stray])), np.arctan(.8))
+    assert page_slope(np.concatenate([level, stray, upright, point]))==0 and page_slope(upright)==0 and page_slope(point)==0
+    assert np.isclose(page_slope(np.concatenate([level[:1], stray, stray])), np.arctan(.8))
 
 def test_order_of_nothing(): assert order_boxes(np.zeros((0,4,2)))==[]
 
@@ -187,5 +187,5 @@ def test_out(reader):
     assert sorted(l.text for l in lines)==sorted(texts)
     again = json.loads(json.dumps(to_json(lines)))
     assert [o['text'] for o in again]==[l.text for l in lines] and np.abs(np.array(again[0]['box'])-lines[0].box).max()<.1
-    drawn = draw(image, lines)
-    assert drawn.shape==(360,960,3) and (drawn[:,:480]!=image).any() and (drawn[:,480:]<128).any() and (draw(image, [])[:,480:]==255).all()
+    drawn = draw_page(image, lines)
+    assert drawn.shape==(360,960,3) and (drawn[:,:480]!=image).any() and (drawn[:,480:]<128).any() and (draw_page(image, [])[:,480:]==255).all()

@@ -7,11 +7,14 @@ from fastai.basics import Callback, DataLoader, DataLoaders, Learner, set_seed
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 
+from distillbook.config import build_optimizer
+from distillbook.config.optimizer import decay_of
+from distillbook.config.values import Config, Section
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
 from distillbook.losses import distance
 from distillbook.nets import Nets
-from distillbook.optim import OPTIMISERS, ClipGrad, OwnDecay, RMSProp, clip_grads, decay_of, l2_groups, make_groups, make_opt_func, opt_cbs, own_l2
+from distillbook.optim import OPTIMISERS, ClipGrad, OwnDecay, RMSProp, clip_grads, l2_groups, own_l2
 from distillbook.terms import Term
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'optimizer.npz')
@@ -47,8 +50,9 @@ def four_steps(case, cbs=(), own=True, drop=()):
     xs = [torch.cat([torch.tensor(g).flatten() for g in golden(case, 'in', i).values()]) for i in range(4)]
     dl,o = DataLoader([(x,0) for x in xs], bs=1),section(case)
     if not own: del puppet.bn.own_l2,puppet.ctc.own_l2
-    ours = [cb for cb in opt_cbs(o) if type(cb) not in drop]
-    learn = distill_learner(DataLoaders(dl, dl), dict(Student=puppet), Term(lambda out, _: out.sum(), 'Student'), opt_func=make_opt_func(o), groups=make_groups(o), cbs=[watch, *ours, *cbs])
+    built = build_optimizer(o)
+    ours = [cb for cb in built['cbs'] if type(cb) not in drop]
+    learn = distill_learner(DataLoaders(dl, dl), dict(Student=puppet), Term(lambda out, _: out.sum(), 'Student'), **(built | dict(cbs=[watch, *ours, *cbs])))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, meta(case)['lr'])
     return puppet,watch.seen
 
@@ -72,7 +76,7 @@ def test_what_adam_is_off_by_is_paddles_rounding_of_powers(case):
     p1,p2,seen = b1,b2,[]
     for i in range(4):
         grads = {k: torch.tensor(g) for k,g in golden(case, 'in', i).items()}
-        for cb in opt_cbs(o):
+        for cb in build_optimizer(o)['cbs']:
             if isinstance(cb, ClipGrad): clip_grads([*grads.values()], cb.norm, cb.per_param)
         for k in PARAMS:
             own = {'bn': 0., 'ctc': .1}.get(k.split('.')[0], 0. if o['name']=='AdamW' else o['regularizer']['factor'] if o['regularizer'] else 0.)
@@ -129,7 +133,7 @@ def test_frozen_nets_have_no_group_and_projectors_come_last():
     x = [(torch.randn(4),0) for _ in range(8)]
     dl = DataLoader(x, bs=4)
     term = Term(distance, 'A.2.0', 'T.2')
-    learn = distill_learner(DataLoaders(dl, dl), dict(T=conv_net(), A=conv_net()), term, frozen='T', groups=partial(l2_groups, factor=.1), opt_func=make_opt_func(dict(name='Adam')))
+    learn = distill_learner(DataLoaders(dl, dl), dict(T=conv_net(), A=conv_net()), term, frozen='T', groups=partial(l2_groups, factor=.1), opt_func=build_optimizer(dict(name='Adam'))['opt_func'])
     learn.create_opt()
     assert [(n,c) for n,c,_ in learn.groups] == [('A',.1), ('A',0.), ('_projectors',.1)]
     assert [h['wd'] for h in learn.opt.hypers] == [.1, 0., .1]
@@ -144,9 +148,9 @@ def test_a_parameter_is_in_one_group_only():
 
 def test_adamw_spares_what_it_is_told_to():
     nets = Nets(dict(A=conv_net()))
-    flat = make_groups(dict(name='AdamW', weight_decay=.05, one_dim_param_no_weight_decay=True))
+    flat = build_optimizer(dict(name='AdamW', weight_decay=.05, one_dim_param_no_weight_decay=True))['groups']
     assert names(nets, flat(nets)) == [('A', .05, ['A.0.weight','A.2.0.weight','A.2.1.weight']), ('A', 0., ['A.0.bias','A.1.weight','A.1.bias','A.2.0.bias','A.2.1.bias'])]
-    words = make_groups(dict(name='AdamW', weight_decay=.05, no_weight_decay_name='.1.w nothing'))
+    words = build_optimizer(dict(name='AdamW', weight_decay=.05, no_weight_decay_name='.1.w nothing'))['groups']
     assert names(nets, words(nets))[1] == ('A', 0., ['A.1.weight','A.2.1.weight'])
 
 def test_l1_pulls_with_its_factor_and_own_l2_replaces_it():
@@ -155,7 +159,7 @@ def test_l1_pulls_with_its_factor_and_own_l2_replaces_it():
     net[1].own_l2 = .5
     before = copy.deepcopy(net.state_dict())
     dl = DataLoader([(torch.zeros(3),0)], bs=1)
-    learn = distill_learner(DataLoaders(dl, dl), dict(A=net), Term(lambda out, _: out.sum(), 'A'), opt_func=make_opt_func(o), groups=make_groups(o), cbs=opt_cbs(o))
+    learn = distill_learner(DataLoaders(dl, dl), dict(A=net), Term(lambda out, _: out.sum(), 'A'), **build_optimizer(o))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
     torch.testing.assert_close(net[0].weight.detach(), before['0.weight']-.1*.1*before['0.weight'].sign())
     torch.testing.assert_close(net[1].weight.detach(), before['1.weight']*(1-.1*.5))
@@ -221,7 +225,7 @@ def test_every_optimiser_trains_a_plain_fastai_learner(name):
     x = torch.randn(32, 4)
     dl = DataLoader([(o, o[:1]*2) for o in x], bs=8)
     o = dict(name=name, regularizer=dict(name='L2', factor='1e-4'), **(dict(momentum=.9) if name=='Momentum' else {}))
-    learn = Learner(DataLoaders(dl, dl), nn.Linear(4,1), loss_func=F.mse_loss, opt_func=make_opt_func(o))
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(4,1), loss_func=F.mse_loss, opt_func=build_optimizer(o)['opt_func'])
     with learn.no_bar(), learn.no_logging():
         before = learn.validate()[0]
         learn.fit_one_cycle(3, 1e-2)
@@ -233,35 +237,47 @@ def test_every_optimiser_trains_a_plain_fastai_learner(name):
     (dict(name='Adam', regularizer=dict(name='L2', factor='1e-6')), ('L2', 1e-6)), (dict(name='Adam', regularizer=dict(name='L2Decay', factor=0)), ('L2', 0.)),
     (dict(name='Adam', regularizer=dict(name='L1', factor=.1)), ('L1', .1)),
     (dict(name='AdamW'), ('decoupled', .01)), (dict(name='AdamW', weight_decay=0.), ('decoupled', 0.)), (dict(name='AdamW', regularizer=dict(name='L2', factor=.1)), ('decoupled', .1))])
-def test_decay_of(o, want): assert decay_of(o) == want
+def test_decay_of(o, want): assert decay_of(Section(dict(Optimizer=o), 'Optimizer')) == want
 
 def test_clip_norm_comes_before_clip_norm_global():
-    cb, = opt_cbs(dict(name='Adam', clip_norm='5', clip_norm_global=1.))
+    cb, = build_optimizer(dict(name='Adam', clip_norm='5', clip_norm_global=1.))['cbs']
     assert cb.per_param and cb.norm == 5.
-    assert opt_cbs(dict(name='Adam', clip_norm=None)) == []
+    assert build_optimizer(dict(name='Adam', clip_norm=None))['cbs'] == []
 
 def test_settings_reach_the_optimiser():
-    opt = make_opt_func(dict(name='Adam', beta1='0.8', beta2=.9, epsilon='1e-6', lr={}, lazy_mode=True))([nn.Parameter(torch.zeros(1))], lr=.1)
+    opt = build_optimizer(dict(name='Adam', beta1='0.8', beta2=.9, epsilon='1e-6', lr={}, lazy_mode=True))['opt_func']([nn.Parameter(torch.zeros(1))], lr=.1)
     assert (opt.hypers[0]['mom'], opt.hypers[0]['sqr_mom'], opt.hypers[0]['eps']) == (.8, .9, 1e-6)
 
 def test_a_key_of_another_optimiser_is_warned_of():
-    with pytest.warns(UserWarning, match='Optimizer.momentum has no effect'): make_opt_func(dict(name='Adam', momentum=.9))
+    with pytest.warns(UserWarning, match='Optimizer.momentum has no effect'): build_optimizer(dict(name='Adam', momentum=.9))
+
+BAD_RATES = [(-.1,'-0.1'), ('-1','-1.0'), ('small',"'small'"), (True,'True'), ('nan','nan'), (float('nan'),'nan'), (float('inf'),'inf'), ([1],r'\[1\]')]
 
 @each('o,message', [
     (dict(name='Adm'), "Optimizer.name: no optimizer 'Adm'; did you mean 'Adam'"),
-    (dict(name=['Adam']), 'no optimizer'),
-    (dict(beta1=.9), 'must be a section with a name'),
-    ('Adam', 'must be a section with a name'),
-    (dict(name='Adam', beta_1=.9), "no key 'beta_1'; did you mean 'beta1'"),
-    (dict(name='Adam', beta1='big'), 'Optimizer.beta1 must be a number'),
-    (dict(name='Momentum'), 'Momentum needs momentum'),
-    (dict(name='Adam', regularizer='L2'), 'regularizer must be a section'),
-    (dict(name='Adam', regularizer=dict(factor=.1)), 'regularizer must be a section'),
-    (dict(name='Adam', regularizer=dict(name='L3', factor=.1)), "no regularizer 'L3'"),
-    (dict(name='Adam', regularizer=dict(name='L2', factr=.1)), "no key 'factr'; did you mean 'factor'"),
-    (dict(name='Adam', regularizer=dict(name='L2', factor='small')), 'Optimizer.regularizer.factor must be a number'),
-    (dict(name='Adam', regularizer=dict(name='L2', factor=.1), weight_decay=.1), 'takes one of them'),
-    (dict(name='AdamW', regularizer=dict(name='L1', factor=.1)), 'AdamW has no L1'),
-    (dict(name='Adam', clip_norm='x'), 'Optimizer.clip_norm must be a number')])
+    (dict(name=['Adam']), r"Optimizer.name: no optimizer \['Adam'\]"),
+    (dict(beta1=.9), 'Optimizer: a section with a name is wanted, such as {name: Adam'),
+    ('Adam', "Optimizer: a section such as {name: ...} is wanted, not 'Adam'"),
+    (None, 'Optimizer: a section such as {name: ...} is wanted, not None'),
+    (dict(name='Adam', beta_1=.9), "Optimizer.beta_1: no key .*'beta_1'; did you mean 'beta1'"),
+    *((dict(name='Adam', beta1=v), f'Optimizer.beta1: a number.* is wanted, not {v!r}') for v in ('big', None, True, -1, float('nan'))),
+    (dict(name='Momentum'), 'Optimizer: momentum needs momentum'),
+    (dict(name='Adam', regularizer='L2'), "Optimizer.regularizer: names and values are wanted, not 'L2'"),
+    (dict(name='Adam', regularizer=dict(factor=.1)), 'Optimizer.regularizer.name: no regularizer None; there are: L1, L2'),
+    (dict(name='Adam', regularizer=dict(name='L3', factor=.1)), "Optimizer.regularizer.name: no regularizer 'L3'; there are: L1, L2"),
+    (dict(name='Adam', regularizer=dict(name='L2', factr=.1)), "Optimizer.regularizer.factr: no key 'factr'; did you mean 'factor'"),
+    *((dict(name=n, regularizer=dict(name='L2', factor=v)), f'Optimizer.regularizer.factor: a number.* is wanted, not {said}') for n in ('Adam','AdamW') for v,said in BAD_RATES+[(None,'None')]),
+    *((dict(name=n, weight_decay=v), f'Optimizer.weight_decay: a number.* is wanted, not {said}') for n in ('Adam','AdamW') for v,said in BAD_RATES),
+    (dict(name='Adam', regularizer=dict(name='L2', factor=.1), weight_decay=.1), 'Optimizer: .*takes one of them'),
+    (dict(name='AdamW', regularizer=dict(name='L1', factor=.1)), 'Optimizer.*: AdamW has no L1'),
+    *((dict([('name','Adam'), (k,v)]), f'Optimizer.{k}: a number.* is wanted, not {said}') for k in ('clip_norm','clip_norm_global') for v,said in BAD_RATES),
+    (dict(name='Adam', clip_norm_global=0), 'Optimizer.clip_norm_global: .*above 0, not 0')])
 def test_what_is_wrong_is_said(o, message):
-    with pytest.raises(UserError, match=message): make_opt_func(o), opt_cbs(o)
+    with pytest.raises(UserError, match=message): build_optimizer(o)
+
+def test_a_section_of_a_file_does_as_a_dict_does_and_knows_its_line():
+    cfg = Config(dict(Optimizer=dict(name='Adam', regularizer=dict(name='L2', factor=-1))))
+    cfg.path,cfg.lines = 'a.yml',{('Optimizer',): 3, ('Optimizer','regularizer'): 5}
+    with pytest.raises(UserError, match='^a.yml:5: Optimizer.regularizer.factor: a number from 0 is wanted, not -1$'): build_optimizer(Section(cfg, 'Optimizer'))
+    cfg['Optimizer']['regularizer']['factor'] = '1e-4'
+    assert build_optimizer(Section(cfg, 'Optimizer'))['opt_func'].keywords['weight_decay'] == 1e-4

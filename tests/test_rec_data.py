@@ -85,7 +85,7 @@ def test_rendered_set(rendered, tmp_path):
 def test_rendered_set_sees_a_changed_renderer(rendered, monkeypatch):
     fonts = font_files('dejavu')
     rendered(WORDS, fonts, 1)
-    monkeypatch.setattr(data, 'spoil', lambda im, rng: im)
+    monkeypatch.setattr(data, 'blur_and_noise', lambda im, rng: im)
     assert rendered(WORDS, fonts, 1)[1] and not rendered(WORDS, fonts, 1)[1]
 
 @pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b[:len(b)//2], lambda b: b'not an archive', lambda b: b[:5000]+bytes(200)+b[5200:]], ids=['empty', 'half', 'text', 'zeroed'])
@@ -241,8 +241,8 @@ def test_wrong_rendered_lines(kw, says):
 def test_rendered_lines_make_batches():
     from distillbook.data.loader import SampleDL
     from distillbook.data.sets import SampleSet
-    from distillbook.rec.operations import OPS
-    ops = [OPS['CTCLabelEncode'](25, None, lower=True), OPS['RecResizeImg']([3,48,160])]
+    from distillbook.rec.operations import CTCLabelEncode, RecResizeImg
+    ops = [CTCLabelEncode(25, None, lower=True), RecResizeImg([3,48,160])]
     lines = SampleSet(RenderedLines(words=12, seed=1), ops, ['image','label','length'])
     x,y,n = next(iter(SampleDL(lines, bs=12)))
     assert x.shape==(12,3,48,160) and n.tolist()==[len(o) for o in RenderedLines(words=12, seed=1).words]

@@ -4,7 +4,9 @@ from pathlib import Path
 from distillbook.core import UserError
 from distillbook.data import loader
 from distillbook.rec.render import fit_line
-from distillbook.rec.operations import OPS, RecResizeImg, make_ops
+from distillbook.config.data import make_operations
+from distillbook.config.registry import OPERATIONS
+from distillbook.rec.operations import RecResizeImg
 from distillbook.data.lists import label_files, line_table, lmdb_lines
 from distillbook.data.loader import SampleDL, collate, sample_dls
 from distillbook.data.operations import DecodeImage, KeepKeys
@@ -31,7 +33,7 @@ def folder(tmp_path):
     return tmp_path
 
 def lines(folder, name='list.txt', transforms=TRAIN, seed=1, train=True, **kwargs):
-    ops,keys = make_ops(transforms, GLOBAL)
+    ops,keys = make_operations(transforms, GLOBAL)
     return SampleSet(label_files(folder/name, folder, seed=seed, **kwargs), ops, keys, seed=seed, train=train, ext_op_transform_idx=1)
 
 def same(a, b): return len(a)==len(b) and all(len(p)==len(q) and all(torch.equal(x, y) for x,y in zip(p, q)) for p,q in zip(a, b))
@@ -173,7 +175,7 @@ def test_lmdb_bad(tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_lmdb_loader(stored, workers):
     "Used in this process before workers fork, and by two loaders at once"
-    ops,keys = make_ops(TRAIN, GLOBAL)
+    ops,keys = make_operations(TRAIN, GLOBAL)
     a,b = (SampleDL(SampleSet(o, ops, keys, seed=1, ext_op_transform_idx=1), bs=8, shuffle=True, num_workers=n)
            for o,n in ((lmdb_lines(stored/'db'), workers), (label_files(stored/'list.txt', stored), 0)))
     a.dataset[3]
@@ -232,7 +234,7 @@ def test_encoders_equal_paddle(name, keys, alphabet):
     meta = json.loads(str(targets[f'{case}|meta']))
     kwargs = dict(max_text_length=10 if 'len10' in alphabet else 25, use_space_char=alphabet=='keys_v1_space',
         character_dict_path=None if alphabet=='default' else str(Path(__file__).parent/'golden'/'ppocr_keys_v1.txt'))
-    op,texts,n = OPS[name](**kwargs),meta['texts'],0
+    op,texts,n = OPERATIONS[name](**kwargs),meta['texts'],0
     for i,text in enumerate(texts):
         if f'{case}|out|t{i}_{keys[0]}' in targets.files:
             out = op({'label': text}, None)
@@ -249,36 +251,39 @@ class Mine:
 
 def hungry(**kwargs): return kwargs
 
-def test_make_ops():
-    ops,keys = make_ops(TRAIN, GLOBAL)
-    assert keys==KEYS and [type(o).__name__ for o in ops]==['DecodeImage', 'RecConAug', 'RecAug', 'Encode', 'RecResizeImg']
+def test_make_operations():
+    ops,keys = make_operations(TRAIN, GLOBAL)
+    assert keys==KEYS and [type(o).__name__ for o in ops]==['DecodeImage', 'RecConAug', 'RecAug', 'MultiLabelEncode', 'RecResizeImg']
     assert ops[0].mode=='BGR' and ops[1].ext_data_num==2 and ops[3].max_len==25 and ops[3].lower
-    (mine,kw),_ = make_ops([{f'{__name__}.Mine': dict(gain=2)}, {f'{__name__}.hungry': dict(x=1)}, TRAIN[-1]], GLOBAL)
+    (mine,kw),_ = make_operations([{f'{__name__}.Mine': dict(gain=2)}, {f'{__name__}.hungry': dict(x=1)}, TRAIN[-1]], GLOBAL)
     assert (mine.gain, mine.epoch_num)==(2, 3) and kw=={'x': 1, **GLOBAL}
 
-def test_make_ops_leaves_the_config_alone():
+def test_make_operations_leaves_the_config_alone():
     before = json.dumps([TRAIN, GLOBAL])
-    make_ops(TRAIN, GLOBAL)
+    make_operations(TRAIN, GLOBAL)
     assert json.dumps([TRAIN, GLOBAL])==before
 
-def test_make_ops_says_what_has_no_effect():
-    said = []
-    ops,_ = make_ops([dict(RecAug=dict(use_tia=True, aug_prob=.4)), dict(RecConAug=dict(max_text_length=40, infer_mode=True)), TRAIN[-1]], GLOBAL, 'Train.dataset.transforms', said.append)
-    assert said==['Train.dataset.transforms[0].RecAug.aug_prob: has no effect, as in PaddleOCR', 'Train.dataset.transforms[0].RecAug.use_tia: has no effect, as in PaddleOCR',
-        'Train.dataset.transforms[1].RecConAug.infer_mode: has no effect, as in PaddleOCR',
-        'Train.dataset.transforms[1].RecConAug.max_text_length: 40 gives way to 25 in Global, as in PaddleOCR']
+def test_make_operations_says_what_has_no_effect(caplog):
+    with caplog.at_level(logging.INFO, 'distillbook'):
+        ops,_ = make_operations([dict(RecAug=dict(use_tia=True, aug_prob=.4)), dict(RecConAug=dict(max_text_length=40, infer_mode=True)), TRAIN[-1]], GLOBAL)
+    assert caplog.messages==['Train.dataset.transforms.0.RecAug.use_tia: has no effect, as in PaddleOCR', 'Train.dataset.transforms.0.RecAug.aug_prob: has no effect, as in PaddleOCR',
+        'Train.dataset.transforms.1.RecConAug.infer_mode: has no effect, as in PaddleOCR',
+        'Train.dataset.transforms.1.RecConAug.max_text_length: 40 gives way to 25 in Global, as in PaddleOCR']
+    assert {(o.name, o.levelname) for o in caplog.records}=={('distillbook', 'INFO')}
     assert ops[1].max_text_length==25
 
 @pytest.mark.parametrize('transforms,says', [
-    (dict(RecAug=None), 'T: a list of operations'), (['RecAug'], r"T\[0\]: one operation with its settings, as in '- RecAug:'; not 'RecAug'"), ([dict(a=1, b=2)], r'T\[0\]: one operation'),
-    ([dict(RecAugg=None)], r"T\[0\].RecAugg: no operation 'RecAugg'; did you mean 'RecAug'"), ([dict(RecAug=[1])], r'T\[0\].RecAug: settings are names and values, not \[1\]'),
-    ([dict(RecAug=dict(tia_prb=1))], r"T\[0\].RecAug: no setting 'tia_prb'; did you mean 'tia_prob'"), ([dict(RecResizeImg=None)], r'T\[0\].RecResizeImg: needs image_shape'),
-    ([dict(RecResizeImg=dict(image_shape=5))], r'T\[0\].RecResizeImg: image_shape'), ([dict(RecResizeImg=dict(image_shape=[48,320]))], r'T\[0\].RecResizeImg: image_shape'),
-    ([dict(DecodeImage=dict(img_mode='GBR'))], r"T\[0\].DecodeImage: no img_mode 'GBR'"), ([TRAIN[2]], 'T: the last operation is KeepKeys'), ([], 'T: the last operation is KeepKeys'),
-    ([dict(KeepKeys=dict(keep_keys=['length', 'image']))], "T: keep_keys begins with 'image'"), ([{'no.such.Op': None}], r"T\[0\].no.such.Op: no.such.Op: No module named 'no'"),
-    ([{f'{__name__}.Mime': None}], r"no operation 'Mime'; did you mean .*'Mine'"), ([dict(CTCLabelEncode=dict(character_dict_path='no.txt'))], r'T\[0\].CTCLabelEncode: no.txt: No such file')])
-def test_make_ops_errors(transforms, says):
-    with pytest.raises(UserError, match=says): make_ops(transforms, dict(max_text_length=25), 'T')
+    (dict(RecAug=None), ': a list of operations'), (None, ': a list of operations'), (['RecAug'], r".0: one operation with its settings is wanted, as in '- RecAug:'; not 'RecAug'"), ([dict(a=1, b=2)], r'.0: one operation'),
+    ([dict(RecAugg=None)], r".0.RecAugg: no operation 'RecAugg'; did you mean 'RecAug'"), ([TRAIN[0], {3: None}], '.1.3: no operation 3'), *(([dict(RecAug=v)], f'.0.RecAug: names and values are wanted, not {said}') for v,said in (([1],r'\[1\]'), (3,'3'), ('tia',"'tia'"))),
+    ([dict(RecAug=dict(tia_prb=1))], r".0.RecAug.tia_prb: no setting 'tia_prb'; did you mean 'tia_prob'"), ([dict(RecAug=dict(tia_prob='often'))], r".0.RecAug.tia_prob: a number is wanted, not 'often'"), ([dict(RecResizeImg=None)], r'.0.RecResizeImg: .*needs image_shape'),
+    ([dict(RecResizeImg=dict(image_shape=5))], r'.0.RecResizeImg.image_shape: a list is wanted, not 5'), ([dict(RecResizeImg=dict(image_shape=[48,320]))], r'.0.RecResizeImg: image_shape: .*not \[48, 320\]'),
+    ([dict(DecodeImage=dict(img_mode='GBR'))], r".0.DecodeImage: no img_mode 'GBR'"), ([TRAIN[2]], ': the last operation is KeepKeys'), ([], ': the last operation is KeepKeys'),
+    ([dict(KeepKeys=dict(keep_keys=['length', 'image']))], ": keep_keys begins with 'image'"), ([dict(KeepKeys=None)], '.0.KeepKeys: .*needs keep_keys'), ([{'no.such.Op': None}], r".0.no.such.Op: no operation 'no.such.Op': No module named 'no'"),
+    ([{f'{__name__}.Mime': None}], rf".0.{__name__}.Mime: no class or function in {__name__} 'Mime'; did you mean .*'Mine'"), ([{f'{__name__}.Mine': None}], rf'.0.{__name__}.Mine: .*needs gain'),
+    ([{f'{__name__}.Mine': dict(gian=1)}], rf".0.{__name__}.Mine.gian: no setting 'gian'; did you mean 'gain'"), ([{f'{__name__}.KEYS': None}], rf'.0.{__name__}.KEYS: {__name__}.KEYS is no class and no function'),
+    ([dict(CTCLabelEncode=dict(character_dict_path='no.txt'))], r'.0.CTCLabelEncode: no.txt: No such file')])
+def test_make_operations_errors(transforms, says):
+    with pytest.raises(UserError, match='^Train.dataset.transforms'+says): make_operations(transforms, dict(max_text_length=25))
 
 
 # samples
@@ -398,7 +403,7 @@ def test_ext_data_that_is_broken(broken):
 
 def test_own_operation_that_refuses(folder):
     (folder/'list.txt').write_text('0.png\tnone\n1.png\tone\n')
-    ops,keys = make_ops([{f'{__name__}.Mine': dict(gain=1)}, *EVAL], GLOBAL)
+    ops,keys = make_operations([{f'{__name__}.Mine': dict(gain=1)}, *EVAL], GLOBAL)
     dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, train=False), bs=2)
     assert [len(o[0]) for o in dl]==[1] and [o.endswith('0.png: refused by Mine') for o in dl.faults]==[True]
 
@@ -419,13 +424,13 @@ def test_opencv_errors_are_faults(folder):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_samples_that_make_no_batch(folder, ops, keys, says, workers):
     (folder/'1.png').write_bytes(png(50, 20))
-    dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), make_ops([*ops, TRAIN[-1]] if ops is not EVAL else ops, GLOBAL)[0], keys), bs=4, num_workers=workers)
+    dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), make_operations([*ops, TRAIN[-1]] if ops is not EVAL else ops, GLOBAL)[0], keys), bs=4, num_workers=workers)
     with pytest.raises(UserError, match=says) as e: list(dl)
     assert '\n' not in str(e.value)
 
 def test_a_list_of_dicts_is_a_source(folder):
     source = [dict(path=f'{i}', image=png(30+i), label='abc') for i in range(5)]
-    ops,keys = make_ops(EVAL, GLOBAL)
+    ops,keys = make_operations(EVAL, GLOBAL)
     assert [o[0].shape for o in SampleDL(SampleSet(source, ops, keys), bs=5)]==[(5,3,48,320)]
 
 def test_seed():
@@ -548,12 +553,12 @@ def test_a_worker_that_is_killed(folder):
 PROGRAM = '''
 import sys, hashlib, time
 from pathlib import Path
-from distillbook.rec.operations import *
+from distillbook.config.data import make_operations
 from distillbook.data.lists import label_files
 from distillbook.data.loader import SampleDL
 from distillbook.data.sets import SampleSet
 folder,skip,slow = Path(sys.argv[1]),int(sys.argv[2]),float(sys.argv[3])
-ops,keys = make_ops([dict(DecodeImage=dict(img_mode='BGR')), dict(RecAug=None), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))], dict(max_text_length=25))
+ops,keys = make_operations([dict(DecodeImage=dict(img_mode='BGR')), dict(RecAug=None), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,320])), dict(KeepKeys=dict(keep_keys=['image','label','length']))], dict(max_text_length=25))
 dl = SampleDL(SampleSet(label_files(folder/'list.txt', folder), ops, keys, seed=3), bs=4, shuffle=True, num_workers=2)
 dl.set_epoch(2, skip=skip)
 for b in dl:

@@ -3,8 +3,8 @@ import json, numpy as np, onnx, pytest, torch
 from onnx import helper as oh, TensorProto as tp
 from pathlib import Path
 from distillbook.core import UserError
-from distillbook.rec.labels import (Alphabet, SARClasses, ctc_label, encode_batch, fault, known, label_report, multi_label, read_characters, refusal,
-    sar_label, usable)
+from distillbook.rec.labels import (Alphabet, SARClasses, ctc_label, drop_unknown, encode_batch, label_fault, label_report, multi_label, read_characters, refusal_reason,
+    sar_label, usable_labels)
 
 GOLDEN = Path(__file__).parent/'golden'
 KEYS = GOLDEN/'ppocr_keys_v1.txt'
@@ -22,7 +22,7 @@ def test_labels_equal_paddle(case, lower, alphabet):
     same = changed = 0
     for i,text in enumerate(meta['texts']):
         if lower: text = text.lower()
-        why = fault(text, alphabet, max_len)
+        why = label_fault(text, alphabet, max_len)
         if i in meta['none']:
             assert why
             continue
@@ -102,7 +102,7 @@ def test_length_is_counted_before_and_after_dropping():
 def test_small_letters_may_be_more():
     "'İ' is two characters when small, and then a label that fitted no longer does"
     a = Alphabet('i\u0307')
-    assert known('İ', a, lower=True) == 'i\u0307' and refusal('İ', 'i\u0307', 1) and ctc_label('İ', a, 2, lower=True)[1] == 2
+    assert drop_unknown('İ', a, lower=True) == 'i\u0307' and refusal_reason('İ', 'i\u0307', 1) and ctc_label('İ', a, 2, lower=True)[1] == 2
 
 @pytest.mark.parametrize('row,text', [([5,0,1,1,5,6,6],'abb'), ([0,1,5,0],'ab'), ([5,5,0],''), ([5,0,6,1],'ab'), ([5,4,5],'<UKN>'), ([6,6],''), ([0,1],'ab')])
 def test_sar_classes_decode(row, text):
@@ -125,7 +125,7 @@ def test_batch_is_padded_int64():
 def test_bad_label_is_named(text, says):
     a = Alphabet('abc')
     with pytest.raises(UserError, match=says): encode_batch(['ab', text], a, 5)
-    keep,why = usable(['ab', text, text, 'cccca'], a, 5)
+    keep,why = usable_labels(['ab', text, text, 'cccca'], a, 5)
     assert keep == [0,3] and list(why.values()) == [2]
 
 def test_length_is_inclusive(): assert encode_batch(['abcab'], Alphabet('abc'), 5)[1].item() == 5

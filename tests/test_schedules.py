@@ -6,9 +6,11 @@ import numpy as np, pytest, torch, torch.nn.functional as F, yaml
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, set_seed
 from torch import nn
 
+from distillbook.config import lr_schedule
+from distillbook.config.values import Config, Section, line_of
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
-from distillbook.schedules import SCHEDULES, FollowSchedule, lr_schedule, number
+from distillbook.schedules import SCHEDULES, FollowSchedule
 from distillbook.terms import Term
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'lr_schedule.npz')
@@ -101,30 +103,44 @@ def test_what_paddleocrs_trainer_overwrites_is_passed_over_in_silence():
 @pytest.mark.parametrize('lr,message', (
     (dict(name='Cosin', learning_rate=.1), "Optimizer.lr.name: no schedule 'Cosin'; did you mean 'Cosine'"),
     (dict(name='cosine', learning_rate=.1), "did you mean 'Cosine'"),
-    (dict(name=['Cosine'], learning_rate=.1), 'no schedule'),
-    (dict(name='Cosine', learning_rat=.1), "no key 'learning_rat'; did you mean 'learning_rate'"),
-    (dict(name='Cosine', learning_rate=.1, warmup_epochs=1), "did you mean 'warmup_epoch'"),
-    (dict(name='Cosine'), 'Cosine needs learning_rate'),
-    (dict(name='Step', learning_rate=.1), 'Step needs step_size and gamma'),
-    (dict(name='Cosine', learning_rate='fast'), "Optimizer.lr.learning_rate must be a number, 0 or more, not 'fast'"),
-    (dict(name='Cosine', learning_rate=-.1), 'must be a number'),
-    (dict(name='Cosine', learning_rate=None), 'must be a number'),
-    (dict(name='Cosine', learning_rate=True), 'must be a number'),
-    (dict(name='Cosine', learning_rate='nan'), 'must be a number'),
-    (dict(name='Cosine', learning_rate=.1, warmup_epoch='long'), 'Optimizer.lr.warmup_epoch must be a number'),
-    (dict(name='Piecewise', decay_epochs=7, values=[.1,.2]), 'Optimizer.lr.decay_epochs must be a list'),
-    (dict(name='Piecewise', decay_epochs=[7], values=[]), 'Optimizer.lr.values must be a list'),
-    (dict(name='Piecewise', decay_epochs=[7], values=[.1,'x']), r'Optimizer.lr.values\[1\] must be a number'),
-    (dict(name='Piecewise', decay_epochs=[7], values=[.1,.2,.3]), '3 values need 2 decay_epochs, there are 1'),
-    (dict(name='Piecewise', decay_epochs=[7,5], values=[.1,.2,.3]), 'decay_epochs must rise'),
-    (dict(name='MultiStepDecay', learning_rate=.1, milestones=[3,1], gamma=.1), 'milestones must rise'),
-    (dict(name='CyclicalCosine', learning_rate=.1, cycle=0), 'less than a step'),
-    (dict(name='Step', learning_rate=.1, step_size=.01, gamma=.1), 'less than a step'),
-    (dict(name='OneCycle', max_lr=.1, anneal_strategy='cosine'), "no anneal_strategy 'cosine'"),
-    (dict(name='OneCycle', max_lr=.1, three_phase='yes'), 'three_phase must be true or false'),
-    (.001, 'must be a section')))
+    (dict(name=['Cosine'], learning_rate=.1), r"Optimizer.lr.name: no schedule \['Cosine'\]"),
+    (dict(name=None, learning_rate=.1), 'Optimizer.lr.name: no schedule None'),
+    (dict(name='Cosine', learning_rat=.1), "Optimizer.lr.learning_rat: no key 'learning_rat'; did you mean 'learning_rate'"),
+    (dict(name='Cosine', learning_rate=.1, warmup_epochs=1), "Optimizer.lr.warmup_epochs: no key 'warmup_epochs'; did you mean 'warmup_epoch'"),
+    (dict(name='Cosine'), 'Optimizer.lr: cosine needs learning_rate'),
+    (dict(name='Step', learning_rate=.1), 'Optimizer.lr: step_decay needs step_size and gamma'),
+    (dict(name='Cosine', learning_rate='fast'), "Optimizer.lr.learning_rate: a number is wanted, not 'fast'"),
+    *((dict(rest, learning_rate=rate), f'Optimizer.lr.learning_rate: a number.* is wanted, not {said}') for rest in (dict(name='Cosine'), dict(name='Const', warmup_epoch=1), {})
+      for rate,said in ((-.1,'-0.1'), ('-.1','-0.1'), (None,'None'), (True,'True'), (False,'False'), ('nan','nan'), (float('nan'),'nan'), ('inf','inf'), ('1e30',r'1e\+30'), ([.1],r'\[0.1\]'), ('',"''"))),
+    (dict(name='OneCycle', max_lr=-1), 'Optimizer.lr.max_lr: a number from 0 is wanted, not -1'),
+    (dict(name='Linear', learning_rate=.1, end_lr=None), 'Optimizer.lr.end_lr: a number is wanted, not None'),
+    (dict(name='Linear', learning_rate=.1, power='-2'), 'Optimizer.lr.power: a number from 0 is wanted, not -2'),
+    (dict(name='Cosine', learning_rate=.1, warmup_epoch='long'), "Optimizer.lr.warmup_epoch: a number from 0 is wanted, not 'long'"),
+    (dict(name='Cosine', learning_rate=.1, warmup_epoch=-1), 'Optimizer.lr.warmup_epoch: a number from 0 is wanted, not -1'),
+    (dict(name='Piecewise', decay_epochs=7, values=[.1,.2]), 'Optimizer.lr.decay_epochs: a list is wanted, not 7'),
+    (dict(name='Piecewise', decay_epochs='12', values=[.1,.2]), "Optimizer.lr.decay_epochs: a list is wanted, not '12'"),
+    (dict(name='Piecewise', decay_epochs=[7], values=[]), r'Optimizer.lr.values: a list of numbers is wanted, not \[\]'),
+    *((dict(name='Piecewise', decay_epochs=[7], values=[.1,v]), f'Optimizer.lr.values.1: a number from 0 is wanted, not {said}') for v,said in (('x',"'x'"), (None,'None'), (True,'True'), (-1,'-1'), ('nan','nan'))),
+    (dict(name='Piecewise', decay_epochs=['x'], values=[.1,.2]), "Optimizer.lr.decay_epochs.0: a number from 0 is wanted, not 'x'"),
+    (dict(name='Piecewise', decay_epochs=[7], values=[.1,.2,.3]), 'Optimizer.lr.values: 3 values need 2 decay_epochs, there are 1'),
+    (dict(name='Piecewise', decay_epochs=[7,5], values=[.1,.2,.3]), r'Optimizer.lr.decay_epochs: the epochs must rise, not \[7.0, 5.0\]'),
+    (dict(name='MultiStepDecay', learning_rate=.1, milestones=[3,1], gamma=.1), r'Optimizer.lr.milestones: the epochs must rise, not \[3.0, 1.0\]'),
+    (dict(name='CyclicalCosine', learning_rate=.1, cycle=0), 'Optimizer.lr.cycle: 0 epochs are less than a step'),
+    (dict(name='Step', learning_rate=.1, step_size=.01, gamma=.1), 'Optimizer.lr.step_size: 0.01 epochs are less than a step'),
+    (dict(name='OneCycle', max_lr=.1, anneal_strategy='cosine'), "Optimizer.lr.anneal_strategy: no anneal_strategy 'cosine'; did you mean 'cos'"),
+    (dict(name='OneCycle', max_lr=.1, three_phase='yes'), "Optimizer.lr.three_phase: true or false is wanted, not 'yes'"),
+    (.001, 'Optimizer.lr: a section such as {name: ...} is wanted, not 0.001'),
+    (None, 'Optimizer.lr: a section such as {name: ...} is wanted, not None')))
 def test_what_is_wrong_is_said(lr, message):
     with pytest.raises(UserError, match=message): lr_schedule(lr, 10, 4)
+
+def test_a_section_of_a_file_does_as_a_dict_does_and_knows_its_line():
+    text = 'Optimizer:\n  lr:\n    name: Piecewise\n    decay_epochs: [2]\n    values: [1e-3, small]\n'
+    cfg = Config(yaml.safe_load(text))
+    cfg.path,cfg.lines = 'a.yml',line_of(text)
+    with pytest.raises(UserError, match="^a.yml:5: Optimizer.lr.values.1: a number from 0 is wanted, not 'small'$"): lr_schedule(Section(cfg, 'Optimizer', 'lr'), 4, 4)
+    cfg['Optimizer']['lr']['values'][1] = 1e-4
+    assert [lr_schedule(Section(cfg, 'Optimizer', 'lr'), 4, 4)(s) for s in range(16)] == [1e-3]*8+[1e-4]*8
 
 @pytest.mark.parametrize('epochs,steps', ((0, 4), (4, 0)))
 def test_a_run_without_steps_has_no_schedule(epochs, steps):
@@ -134,7 +150,9 @@ def test_a_key_of_another_schedule_is_warned_of():
     with pytest.warns(UserWarning, match='Optimizer.lr.decay_epochs has no effect'): lr_schedule(dict(name='Cosine', learning_rate=.1, decay_epochs=[7]), 10, 4)
 
 @pytest.mark.parametrize('good', ('1e-3', 1e-3, np.float32(.001), '0.001', 0))
-def test_number(good): assert number(good, 'x') == float(good)
+def test_number(good):
+    for lr in (dict(name='Const', learning_rate=good), dict(learning_rate=good), dict(name='Piecewise', decay_epochs=[1], values=[good])):
+        assert (rate := lr_schedule(lr, 1, 1)(0)) == float(good) and type(rate) is float
 
 def test_schedules_are_told_only_what_the_table_of_settings_knows():
     for f in SCHEDULES.values(): assert list(inspect.signature(f).parameters)[:3] == ['step','epochs','per_epoch']

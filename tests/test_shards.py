@@ -6,11 +6,9 @@ import cv2, numpy as np, pytest, torch
 from distillbook.data import shards
 from distillbook.config import build_model, load_config
 from distillbook.core import UserError
-from distillbook.config.data import build_dl
-from distillbook.det.operations import make_ops as det_ops
+from distillbook.config.data import build_dl, make_operations
 from distillbook.det.render import render_page
 from distillbook.rec.render import render_words
-from distillbook.rec.operations import make_ops
 from distillbook.data.lists import label_files
 from distillbook.data.loader import SampleDL, batch_order
 from distillbook.data.sets import SampleSet
@@ -22,7 +20,7 @@ KEYS = ['image','label','length']
 
 def rec_ops(aug=True):
     more = [{'RecConAug': {'prob': .5, 'image_shape': [48,320,3]}}, {'RecAug': None}] if aug else []
-    return make_ops([{'DecodeImage': {'img_mode': 'BGR'}}, *more, {'CTCLabelEncode': None}, {'RecResizeImg': {'image_shape': [3,48,320]}}, {'KeepKeys': {'keep_keys': KEYS}}], dict(max_text_length=25))[0]
+    return make_operations([{'DecodeImage': {'img_mode': 'BGR'}}, *more, {'CTCLabelEncode': None}, {'RecResizeImg': {'image_shape': [3,48,320]}}, {'KeepKeys': {'keep_keys': KEYS}}], dict(max_text_length=25))[0]
 
 @pytest.fixture(scope='module')
 def words(tmp_path_factory):
@@ -130,7 +128,7 @@ def test_kept_file_is_made_anew_when_a_picture_or_setting_changes(words, tmp_pat
     from shutil import copytree
     d = tmp_path/'words'
     copytree(words, d)
-    path = lambda mode='BGR': SampleSet(label_files(d/'train.txt', d), make_ops([{'DecodeImage': {'img_mode': mode}}, {'CTCLabelEncode': None}, {'RecResizeImg': {'image_shape': [3,48,320]}}, {'KeepKeys': {'keep_keys': KEYS}}], dict(max_text_length=25))[0], KEYS, keep=tmp_path/'kept').kept.path
+    path = lambda mode='BGR': SampleSet(label_files(d/'train.txt', d), make_operations([{'DecodeImage': {'img_mode': mode}}, {'CTCLabelEncode': None}, {'RecResizeImg': {'image_shape': [3,48,320]}}, {'KeepKeys': {'keep_keys': KEYS}}], dict(max_text_length=25))[0], KEYS, keep=tmp_path/'kept').kept.path
     first = path()
     assert path()==first and path('RGB')!=first
     before = first.stat().st_mtime_ns
@@ -145,7 +143,7 @@ def test_kept_pages_are_resized(tmp_path):
         rows.append(f'{i}.jpg\t' + json.dumps([dict(points=np.asarray(p).tolist(), transcription=t) for p,t in zip(polys, texts)]))
     rows.append('0.jpg\tno JSON')
     (tmp_path/'val.txt').write_text('\n'.join(rows))
-    ops,keys = det_ops([{'DecodeImage': {'img_mode': 'BGR'}}, {'DetLabelEncode': None}, {'DetResizeForTest': {'limit_side_len': 96}}, {'NormalizeImage': {'order': 'hwc'}}, {'ToCHWImage': None}, {'KeepKeys': {'keep_keys': ['image','shape','polys','ignore_tags']}}])
+    ops,keys = make_operations([{'DecodeImage': {'img_mode': 'BGR'}}, {'DetLabelEncode': None}, {'DetResizeForTest': {'limit_side_len': 96}}, {'NormalizeImage': {'order': 'hwc'}}, {'ToCHWImage': None}, {'KeepKeys': {'keep_keys': ['image','shape','polys','ignore_tags']}}])
     plain,kept = (SampleSet(label_files(tmp_path/'val.txt', tmp_path), ops, keys, train=False, **kw) for kw in ({}, dict(keep=tmp_path/'kept')))
     assert [type(o).__name__ for o in kept.kept.ops]==['DecodeImage','DetResizeForTest']
     for i in range(4):
@@ -271,7 +269,7 @@ def test_other_peoples_shards(tmp_path):
     assert len(source)==5 and [source[i]['label'] for i in (0, 4)]==['Wörter','end']
     for i,says in ((1, 'no picture'), (2, 'no text'), (3, 'no text')):
         with pytest.raises(UserError, match=says): source[i]
-    ops,keys = make_ops([{'DecodeImage': None}, {'CTCLabelEncode': {'max_text_length': 25}}, {'RecResizeImg': {'image_shape': [3,8,32]}}, {'KeepKeys': {'keep_keys': ['image']}}])
+    ops,keys = make_operations([{'DecodeImage': None}, {'CTCLabelEncode': {'max_text_length': 25}}, {'RecResizeImg': {'image_shape': [3,8,32]}}, {'KeepKeys': {'keep_keys': ['image']}}])
     dl = ShardDL(SampleSet(source, ops, keys, train=False), bs=8)
     assert [len(x) for x, in dl]==[2] and len(dl.faults)==3
 
@@ -330,7 +328,7 @@ def test_keep_in_a_configuration(words, tmp_path):
     a,b = build_dl(config(words), 'Train'),build_dl(config(words, f'Train.dataset.keep={tmp_path}'), 'Train')
     assert b.dataset.kept is not None and same(list(a), list(b))
     with pytest.raises(UserError, match='Train.dataset: .*more than keep_gb'): build_dl(config(words, f'Train.dataset.keep={tmp_path}/x', 'Train.dataset.keep_gb=1.0e-6'), 'Train')
-    with pytest.raises(UserError, match='Train.dataset.keep: .*a folder'): build_dl(config(words, 'Train.dataset.keep=3'), 'Train')
+    with pytest.raises(UserError, match='Train.dataset.keep: text is wanted, not 3'): build_dl(config(words, 'Train.dataset.keep=3'), 'Train')
 
 def test_shards_in_a_configuration(words, tars):
     files = build_dl(config(words, 'Train.loader.shuffle=false'), 'Train')

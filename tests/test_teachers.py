@@ -86,6 +86,32 @@ def test_own_input_of_another_size():
     assert net(torch.zeros(1,3,8,9)).shape==(1,3,4,5) and torch.allclose(OwnInput(nn.Identity(), (.5,)*3, (.5,)*3, size=(4,4))(torch.ones(1,3,8,8)), torch.ones(1,3,4,4))
 
 def test_a_function():
-    asked = Asked(lambda a: a.reshape(len(a), -1)[:,:2]*2)
+    asked = FunctionNet(lambda a: a.reshape(len(a), -1)[:,:2]*2)
     assert torch.equal(asked(torch.ones(3,1,2,2)), torch.full((3,2), 2.)) and not asked.training
-    with pytest.raises(UserError, match='cannot learn'): Asked(lambda a: a).train()(torch.ones(1,1))
+    with pytest.raises(UserError, match='cannot learn'): FunctionNet(lambda a: a).train()(torch.ones(1,1))
+
+LETTERS = Alphabet('0123456789LIMTProngh')
+
+@pytest.mark.parametrize('name', ['PP-OCRv3_rec', 'PP-OCRv5_rec'])
+def test_a_released_reader_speaks_of_the_runs_classes(name):
+    reader = released_teacher(name, 'rec', LETTERS)
+    with torch.no_grad(): probs,logits = reader(X)['head_out'],reader(X, whole=True)['head_out']['ctc']
+    assert probs.shape[-1]==len(LETTERS) and not reader.training
+    torch.testing.assert_close(probs, logits.softmax(-1))
+    net,its = load_teacher(name)
+    with torch.no_grad(): torch.testing.assert_close(reader.as_exported()(X), net(X)[...,LETTERS.columns_in(its)])
+    assert [t.strip() for t,_ in ctc_decode(probs, LETTERS, probs=True)][1:3]==['80517','LIMIT']
+
+def test_a_released_teacher_with_its_answers_kept(tmp_path):
+    reader = released_teacher('PP-OCRv5_rec', 'rec', LETTERS, answers=tmp_path)
+    first = reader(X)['head_out']
+    assert [p.name for p in tmp_path.glob('*.bin')]==['PP-OCRv5_rec.bin']
+    reader.net.net.forward = lambda *a: pytest.fail('asked again')
+    assert torch.equal(reader(X)['head_out'], first)
+    other = released_teacher('PP-OCRv5_rec', 'rec', Alphabet('abc'), answers=tmp_path)
+    assert other(X)['head_out'].shape==(*first.shape[:2],4) # Not the answers for another alphabet
+
+def test_a_released_detector_as_teacher():
+    det = released_teacher('PP-OCRv3_det', 'det')
+    with torch.no_grad(): assert det(torch.zeros(1,3,32,32))['maps'].shape==(1,1,32,32) and not det.training
+    with pytest.raises(UserError, match='wanted is a recogniser'): released_teacher('PP-OCRv3_det', 'rec', LETTERS)

@@ -14,11 +14,13 @@ from distillbook.det.backbone import SE
 from distillbook.det.nets import DBHead, ppocrv3_det, server_det
 from distillbook.det.render import render_page
 from distillbook.rec.decode import ctc_decode
-from distillbook.rec.nets import PlainStudent, build_rec, ppocrv3_rec
+from distillbook.rec.labels import Alphabet
+from distillbook.rec.nets import PlainStudent, ppocrv3_rec
 from distillbook.use.released import *
 from distillbook.use.teachers import *
 from distillbook.use.weights import *
 from distillbook.data.render import font_files, make_words
+from small_nets import small_rec
 
 REAL,DATA = 'PP-OCRv3_rec',b'these bytes stand for a model'
 
@@ -424,12 +426,9 @@ def test_layers_in_rounds():
 # Paddle's own files. golden/tiny_* were written by paddle.save (bigslices by hand), tiny_forward holds what the nets gave there
 
 GOLDEN = Path(__file__).parent/'golden'
-ARCH = dict(return_all_feats=True, Backbone=dict(name='MobileNetV1Enhance', scale=0.0625, last_conv_stride=[1, 2], last_pool_type='avg', last_pool_kernel_size=[2, 2]),
-    Head=dict(name='MultiHead', head_list=[
-        dict(CTCHead=dict(Neck=dict(name='svtr', dims=8, depth=1, hidden_dims=16, use_guide=True, num_heads=4), Head=dict(fc_decay=1e-5))),
-        dict(SARHead=dict(enc_dim=16, d_k=12, max_text_length=25))]))
+CHARS = Alphabet('0123456789abcdefghijklmnopqrstuvwxyz')
 
-def two(): return nn.ModuleDict({n: build_rec(ARCH, dict(CTCLabelDecode=37, SARLabelDecode=39)) for n in ('Teacher', 'Student')})
+def two(): return nn.ModuleDict({n: small_rec(CHARS) for n in ('Teacher', 'Student')})
 
 @pytest.fixture(scope='session')
 def arrays(): return read_pdparams(GOLDEN/'tiny_distill.pdparams')

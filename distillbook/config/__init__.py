@@ -10,14 +10,15 @@ __all__ = ['HOMES']
 # %% ../../nbs/config/00_config.ipynb #c0f19003
 from importlib import import_module
 
-HOMES = dict(
-    files='load_config save_config find_config check'.split(),
-    networks='build_model build_network DistillationModel characters task net_names'.split(),
-    losses='build_loss build_terms'.split(),
-    evaluation='build_decoder build_metric'.split(),
-    data='build_dls build_dl build_set build_evals'.split(),
-    optimizer='build_optimizer lr_schedule'.split(),
-    experiment='experiment outline ready_networks build_learner'.split())
+_names = dict(
+    files='load_config save_config find_config check',
+    networks='build_model build_network DistillationModel characters task net_names',
+    losses='build_loss build_terms',
+    evaluation='build_decoder build_metric',
+    data='build_dls build_dl build_set build_evals',
+    optimizer='build_optimizer lr_schedule',
+    assembly='experiment outline ready_networks build_learner')
+HOMES = {home: names.split() for home,names in _names.items()}
 
 # %% ../../nbs/config/00_config.ipynb #c0f19005
 __all__ = [name for names in HOMES.values() for name in names]

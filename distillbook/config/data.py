@@ -13,16 +13,15 @@ __all__ = ['log', 'IGNORED', 'SET_KEYS', 'SET_IGNORED', 'LOADER_KEYS', 'LOADER_I
 import logging
 from functools import partial
 from fastai.data.core import DataLoaders
-from ..core import UserError
 from ..data.loader import SampleDL, sample_dls
 from ..data.operations import KeepKeys
 from ..data.sets import SampleSet
 from ..data.shards import ShardDL, ShardLines
 
 # %% ../../nbs/config/05_data.ipynb #113e56a8
-from .networks import characters, dictionary, existing, folder_of, task
-from .registry import DATASETS, OPERATIONS, arguments, build, called, parameters, takes_anything, typed
-from .values import Config, Section
+from .networks import characters, dictionary, existing, task
+from .registry import DATASETS, OPERATIONS, arguments, called, parameters, takes_anything, typed
+from .values import Section
 
 # %% ../../nbs/config/05_data.ipynb #2c8c815c
 log = logging.getLogger('distillbook')
@@ -71,7 +70,8 @@ def build_operations(
         if not skip(name): made.append(build_operation(Section(config, *path, i, name), name, shared))
     if keep is not None: return [o for o in made if not isinstance(o, KeepKeys)],keep
     if not made or not isinstance(made[-1], KeepKeys): raise dataset.refuse("the last operation is KeepKeys", path[-1])
-    if made[-1].keep_keys[:1]!=['image']: raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
+    if made[-1].keep_keys[:1]!=['image']:
+        raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
     return made[:-1],made[-1].keep_keys
 
 # %% ../../nbs/config/05_data.ipynb #1dcfe3e6
@@ -80,16 +80,19 @@ def make_operations(
     shared:dict=None, # The section `Global`
 )->tuple: # The operations without the last, and the names that it keeps
     "The operations of a list by itself"
-    return build_operations(dict(Global=shared or {}, Train=dict(dataset=dict(transforms=transforms))), 'Train', 'dataset', 'transforms')
+    return build_operations(dict(Global=shared or {}, Train=dict(dataset=dict(transforms=transforms))), 'Train',
+        'dataset', 'transforms')
 
 def _name_of(dataset, key, i, row):
-    if not isinstance(row, dict) or len(row)!=1: raise dataset.refuse(f"one operation with its settings is wanted, as in '- RecAug:'; not {row!r}", key, i)
+    if not isinstance(row, dict) or len(row)!=1:
+        raise dataset.refuse(f"one operation with its settings is wanted, as in '- RecAug:'; not {row!r}", key, i)
     return next(iter(row))
 
 def _shared(config):
     "`Global`, with the dictionary as a file that is there"
     shared = dict(config.get('Global') or {})
     if config.get('Architecture') and task(config)=='det': return shared
+    if not config.get('Architecture') and 'character_dict_path' not in shared: return shared
     path = dictionary(config)
     return {**shared, 'character_dict_path': None if path is None else str(path)}
 
@@ -117,6 +120,7 @@ def _label_files(dataset):
     if not isinstance(files, (list,tuple)) or not all(isinstance(f, str) for f in files):
         raise dataset.refuse(f"a list of files is wanted, not {files!r}", 'label_file_list')
     if dataset.get('name')!='SimpleDataSet': return list(files)
+    if not files: raise dataset.refuse("no label files", 'label_file_list')
     with dataset.blame('label_file_list'): return [existing(f) for f in files]
 
 # %% ../../nbs/config/05_data.ipynb #934a9472
@@ -127,15 +131,19 @@ def build_set(
     "The lines or pages of one side"
     side = side or ('Train',)
     dataset = Section(config).section(*side, 'dataset')
-    shared = Section(config).maybe('Global').read('seed', int, None, least=0)
-    seed = dataset.read('seed', int, None, least=0) or shared or 1024
+    seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
     operations,keep = build_operations(config, *dataset.path, 'transforms')
-    joins = dataset.get('ext_op_transform_idx', 2 if dataset.get('name')=='SimpleDataSet' else 1)
+    joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():
         return SampleSet(source, operations, keep, seed, train=side[0]=='Train', ext_op_transform_idx=joins,
             variants=dataset.get('variants'), keep=folder, keep_gb=dataset.get('keep_gb'))
+
+def _before_joining(name, operations):
+    "Through how many operations others go before one that joins them: PaddleOCR's numbers, or all that stand before it"
+    paddle = dict(SimpleDataSet=2, LMDBDataSet=1)
+    return paddle.get(name, next((i for i,o in enumerate(operations) if hasattr(o, 'ext_data_num')), 1))
 
 # %% ../../nbs/config/05_data.ipynb #e0f4d67e
 LOADER_KEYS = ('shuffle','batch_size_per_card','drop_last','num_workers','buckets')
@@ -166,7 +174,8 @@ def eval_sides(
     if 'dataset' in section or 'loader' in section: return dict(eval=('Eval',))
     if not section.values: raise section.refuse("a section dataset is wanted")
     for name,part in section.values.items():
-        if not isinstance(part, dict) or 'dataset' not in part: raise section.refuse("a set with a dataset and a loader is wanted", name)
+        if not isinstance(part, dict) or 'dataset' not in part:
+            raise section.refuse("a set with a dataset and a loader is wanted", name)
         if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum():
             raise section.refuse("the name of a set is made of letters, digits, - and _", name)
     return {name: ('Eval',name) for name in section.values}
@@ -185,7 +194,8 @@ def build_dls(
     return sample_dls(build_dl(config, 'Train'), build_dl(config, *first))
 
 # %% ../../nbs/config/05_data.ipynb #4b0ab596
-def about_labels(name)->bool: return name=='KeepKeys' or 'Label' in str(name) or name in ('MakeBorderMap','MakeShrinkMap')
+def about_labels(name)->bool:
+    return name=='KeepKeys' or 'Label' in str(name) or name in ('MakeBorderMap','MakeShrinkMap')
 
 def picture_operations(
     config:dict, # The whole configuration

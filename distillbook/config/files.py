@@ -13,7 +13,8 @@ import importlib.resources, logging
 from pathlib import Path
 import yaml
 from ..core import UserError, unknown, write_beside
-from .losses import ROWS, checked_row
+from .evaluation import check_evaluation_keys
+from .losses import LOSS_KEYS, checked_row
 from .networks import net_names, task
 from .values import Config, Section, parsed
 
@@ -21,16 +22,19 @@ from .values import Config, Section, parsed
 log = logging.getLogger('distillbook')
 
 SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wandb WithoutTeacher'.split()
-GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step eval_batch_step'
-    ' cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path max_text_length use_space_char infer_mode'
-    ' save_res_path save_inference_dir seed threads pretrained_dict_path use_tensorboard use_wandb').split()
-GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list amp_level scale_loss'
-    ' use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info uniform_output_enabled calc_epoch_interval character_type'
-    ' model_name save_ckpt_to_wandb log_ranks to_static export_with_pir').split()
+GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
+    ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
+    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads'
+    ' pretrained_dict_path use_tensorboard use_wandb').split()
+GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
+    ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'
+    ' uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb'
+    ' log_ranks to_static export_with_pir').split()
 
 # %% ../../nbs/config/08_files.ipynb #e9ee2755
 ARCHITECTURE = 'model_type name algorithm Models Transform Backbone Neck Head return_all_feats'.split()
-NETWORK = 'pretrained freeze_params cache bf16 compile init return_all_feats model_type algorithm Transform Backbone Neck Head'.split()
+NETWORK = ('pretrained freeze_params cache bf16 compile init return_all_feats model_type algorithm'
+    ' Transform Backbone Neck Head').split()
 NOT_READ = ('in_channels','out_channels')
 
 def fixed_keys(
@@ -51,7 +55,9 @@ def check_keys(
     ignored = []
     for path,used,unused in fixed_keys(config): ignored += Section(config, *path).only(used, unused)
     for side in ('Train','Eval'): ignored += _check_side(config, side)
-    return ignored
+    loss = Section(config).maybe('Loss')
+    if loss.get('name') in LOSS_KEYS: loss.only(LOSS_KEYS[loss.get('name')])
+    return ignored + check_evaluation_keys(config)
 
 # %% ../../nbs/config/08_files.ipynb #6e57868f
 from .data import LOADER_IGNORED, LOADER_KEYS, SET_IGNORED
@@ -63,7 +69,9 @@ def _check_side(config, side):
     named = side=='Eval' and not {'dataset','loader'} & set(section.values)
     for part in [Section(config, side, name) for name in section.values] if named else [section]:
         part.only(('dataset','loader'))
-        if 'dataset' in part: ignored += [k for k in _dotted(Section(config, *part.path, 'dataset')) if k.rpartition('.')[2] in SET_IGNORED]
+        if 'dataset' in part:
+            ignored += [k for k in _dotted(Section(config, *part.path, 'dataset'))
+                if k.rpartition('.')[2] in SET_IGNORED]
         if 'loader' in part: ignored += Section(config, *part.path, 'loader').only(LOADER_KEYS, LOADER_IGNORED)
     return ignored
 
@@ -77,24 +85,34 @@ def check(
     config:dict, # The whole configuration
 )->list: # Keys that are accepted and change nothing
     "Refuse unknown keys, losses and networks; `UserError` says where and what is near"
+    Section(config).only(SECTIONS, ['profiler_options'])
     net_names(config)
     ignored = check_keys(config)
+    if config.get('WithoutTeacher'): check(_without_teacher(config))
     g = Section(config).maybe('Global')
     for key in TEXTS: g.read(key, str, None)
     for key in COUNTS: g.read(key, int, None, least=1)
     g.read('seed', int, None, least=0)
     if task(config)=='det' and g.get('cal_metric_during_train'):
-        raise g.refuse("false is wanted: the training batches of a detector have maps and no polygons to compare boxes with", 'cal_metric_during_train')
+        why = "the training batches of a detector have maps and no polygons to compare boxes with"
+        raise g.refuse(f"false is wanted: {why}", 'cal_metric_during_train')
     _check_losses(config)
     for section,key in (('PostProcess','model_name'),('Metric','key')): _check_nets(Section(config).maybe(section), key)
     return ignored
 
 # %% ../../nbs/config/08_files.ipynb #87b6848c
+def _without_teacher(config):
+    "What the configuration becomes if no teacher can be had"
+    other = Section(config).section('WithoutTeacher')
+    other.only([s for s in SECTIONS if s!='WithoutTeacher'])
+    return config.copy_with(**other.values, WithoutTeacher=None)
+
 def _check_losses(config):
     loss = Section(config).maybe('Loss')
     if loss.get('name')!='CombinedLoss' or 'Models' not in config['Architecture']: return
     rows = loss.get('loss_config_list')
-    if not isinstance(rows, list) or not rows: raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
+    if not isinstance(rows, list) or not rows:
+        raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
     for i in range(len(rows)): checked_row(config, i)
 
 def _check_nets(section, key):
@@ -127,32 +145,35 @@ def load_config(
     "The configuration in a file, checked"
     path = find_config(path)
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not text'}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or 'it is not text'}") from e
     values,lines = parsed(text, path)
     if not isinstance(values or {}, dict):
-        raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {str(values)[:60]}")
-    config = Config(_unshared(values or {}))
+        beginning = str(values)[:60]
+        raise UserError(f"{path}: top level: a section is wanted here, with Global, Architecture, ...; not {beginning}")
+    config = Config(_unshared(values or {}, path))
     config.path,config.lines = str(path),lines
     for override in overrides or (): _set(config, override)
     if ignored := check(config): log.info("%s: accepted, and of no effect here: %s", path, ', '.join(ignored))
     return config
 
-def _unshared(values, above=()):
+def _unshared(values, source, above=()):
     "A copy in which nothing stands in two places, as anchors make it"
-    if id(values) in above: raise UserError("not YAML that can be used: an anchor holds itself")
+    if id(values) in above: raise UserError(f"{source}: not YAML that can be used: an anchor holds itself")
     above = (*above, id(values))
-    if isinstance(values, dict): return {k: _unshared(v, above) for k,v in values.items()}
-    return [_unshared(v, above) for v in values] if isinstance(values, list) else values
+    if isinstance(values, dict): return {k: _unshared(v, source, above) for k,v in values.items()}
+    return [_unshared(v, source, above) for v in values] if isinstance(values, list) else values
 
 # %% ../../nbs/config/08_files.ipynb #144fa4ec
 def _set(config, override):
     key,equals,value = override.partition('=')
     if not equals: raise UserError(f"-o {override}: an override looks like Global.seed=1")
-    value = parsed(value, f'-o {override}')[0]
+    value = _unshared(parsed(value, f'-o {override}')[0], f'-o {override}')
     *path,last = key.split('.')
     node = config
     for i,k in enumerate(path): node = _step(node, k, f"-o {override}: {'.'.join(path[:i]) or 'top level'}")
-    if not path and isinstance(value, dict) and isinstance(node.get(last), dict): node[last].update(value)
+    if not path and isinstance(value, dict) and isinstance(node.get(last), dict):
+        node[last].update(value)
     elif isinstance(node, dict): node[last] = value
     elif _is_place(node, last): node[int(last)] = value
     else: raise UserError(f"-o {override}: {'.'.join(path)} is {node!r}, and has no key {last!r}")
@@ -162,7 +183,8 @@ def _is_place(node, key): return isinstance(node, list) and key.isdecimal() and 
 def _step(node, key, where):
     if _is_place(node, key): return node[int(key)]
     if isinstance(node, dict) and key in node: return node[key]
-    raise unknown('key', key, node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0), where)
+    places = range(len(node)) if isinstance(node, list) else ()
+    raise unknown('key', key, node if isinstance(node, dict) else places, where)
 
 # %% ../../nbs/config/08_files.ipynb #4ac5d44f
 def save_config(

@@ -13,7 +13,6 @@ __all__ = ['log', 'TASKS', 'NET_KEYS', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'E
 import copy, hashlib, logging
 from functools import lru_cache
 from pathlib import Path
-import torch
 from torch import nn, Tensor
 from ..cache import CachedNet, folded
 from ..core import UserError, write_beside
@@ -43,7 +42,7 @@ def existing(
     suffixes=('',), # Tried in this order
     beside=None, # A folder in which a relative path is looked for first
 )->Path:
-    "The path, with the first of the suffixes for which there is one; `UserError` says how far it exists and what is there"
+    "The path with the first suffix for which there is one; `UserError` says how far it exists and what is there"
     path = Path(str(path)).expanduser()
     for folder in ([Path(beside)] if beside is not None else []) + [Path()]:
         for suffix in suffixes:
@@ -102,8 +101,8 @@ def characters(
     config:dict, # The whole configuration
 )->list:
     "The characters of a run, in the order of their classes"
-    with Section(config).maybe('Global').blame('character_dict_path'):
-        return read_characters(dictionary(config), bool(config.get('Global', {}).get('use_space_char')))
+    g = Section(config).maybe('Global')
+    with g.blame('character_dict_path'): return read_characters(dictionary(config), bool(g.get('use_space_char')))
 
 # %% ../../nbs/config/03_networks.ipynb #1e13dff9
 TASKS = ('rec','det')
@@ -125,13 +124,15 @@ def net_names(
     "The networks that a configuration names; one without a name is called `Model`"
     arch = Section(config).section('Architecture')
     models = arch.get('Models')
-    if 'Models' in arch and not (isinstance(models, dict) and models): raise arch.refuse(f"networks with names are wanted, not {models!r}", 'Models')
+    if 'Models' in arch and not (isinstance(models, dict) and models):
+        raise arch.refuse(f"networks with names are wanted, not {models!r}", 'Models')
     if 'Models' in arch and arch.get('name', 'DistillationModel')!='DistillationModel':
         raise arch.unknown('architecture', arch.get('name'), ['DistillationModel'], 'name')
     return list(models or ['Model'])
 
 # %% ../../nbs/config/03_networks.ipynb #0429ffc7
-NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform', 'Backbone', 'Neck', 'Head')
+NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform',
+    'Backbone', 'Neck', 'Head')
 
 def _named_part(arch, key):
     "A section that has a name"
@@ -146,9 +147,11 @@ def _backbone(arch, kind):
     if name.startswith('timm.'): net = _timm(part, kind)
     else: net = build(BACKBONES[kind].find(name, part, 'name'), part)
     channels = getattr(net, 'out_channels', None)
-    if kind=='rec' and not isinstance(channels, int): raise part.refuse(f"{name} must say in `out_channels` how many channels its map has", 'name')
+    if kind=='rec' and not isinstance(channels, int):
+        raise part.refuse(f"{name} must say in `out_channels` how many channels its map has", 'name')
     if kind=='det' and not (isinstance(channels, (list,tuple)) and len(channels)==4):
-        raise part.refuse(f"{name} must say in `out_channels` how many channels each of its four maps has, not {channels!r}", 'name')
+        asked = "how many channels each of its four maps has"
+        raise part.refuse(f"{name} must say in `out_channels` {asked}, not {channels!r}", 'name')
     return net
 
 # %% ../../nbs/config/03_networks.ipynb #02b55638
@@ -166,7 +169,8 @@ def _sequence_encoder(part, key, in_channels):
     skip = ('name', key)
     if name!='reshape':
         return SequenceEncoder(build(ENCODERS.find(name, part, key), part, skip, in_channels=in_channels))
-    if own := [k for k in part.values if k not in skip]: raise part.refuse(f"the neck 'reshape' takes no arguments, but here are {', '.join(own)}")
+    if own := [k for k in part.values if k not in skip]:
+        raise part.refuse(f"the neck 'reshape' takes no arguments, but here are {', '.join(own)}")
     return SequenceEncoder(out_channels=in_channels)
 
 def _rec_neck(arch, in_channels):
@@ -190,7 +194,8 @@ def _rec_head(arch, in_channels, characters):
 def _multi_head(part, in_channels, characters):
     part.only(('name','head_list'), kind='argument of MultiHead')
     sections = _listed_heads(part)
-    if 'CTCHead' not in sections: raise part.refuse(f"there is no CTCHead among {', '.join(sections) or 'nothing'}", 'head_list')
+    if 'CTCHead' not in sections:
+        raise part.refuse(f"there is no CTCHead among {', '.join(sections) or 'nothing'}", 'head_list')
     ctc = sections.pop('CTCHead')
     ctc.only(('Neck','Head'))
     if not ctc.get('Neck'): raise ctc.refuse("there is no Neck")
@@ -199,7 +204,8 @@ def _multi_head(part, in_channels, characters):
     heads = dict(ctc_head=_head(HEADS['rec']['CTCHead'], own, neck.out_channels, characters))
     for name,section in sections.items():
         cls = HEADS['rec'].find(name, section)
-        if not isinstance(getattr(cls, 'output', None), str): raise section.refuse(f"{name} must say in `output` what its output is called")
+        if not isinstance(getattr(cls, 'output', None), str):
+            raise section.refuse(f"{name} must say in `output` what its output is called")
         heads[f'{cls.output}_head'] = _head(cls, section, in_channels, characters, skip=())
     return MultiHead(neck, **heads)
 
@@ -244,7 +250,8 @@ def build_det(
     arch = _checked_arch(arch if isinstance(arch, Section) else Section(dict(Architecture=arch), 'Architecture'))
     backbone = _backbone(arch, 'det')
     neck_part,head_part = _named_part(arch, 'Neck'),_named_part(arch, 'Head')
-    neck = build(NECKS['det'].find(neck_part.get('name'), neck_part, 'name'), neck_part, in_channels=backbone.out_channels)
+    neck = build(NECKS['det'].find(neck_part.get('name'), neck_part, 'name'), neck_part,
+        in_channels=backbone.out_channels)
     head = build(HEADS['det'].find(head_part.get('name'), head_part, 'name'), head_part, in_channels=neck.out_channels)
     return DetModel(backbone, neck, head, arch.read('return_all_feats', bool, False))
 
@@ -266,7 +273,8 @@ def _with_values(section, values):
     return other
 
 # %% ../../nbs/config/03_networks.ipynb #55cb14e8
-STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'} # A folder in PaddleOCR's paths to the released model that was made of it
+# A folder in PaddleOCR's paths to the released model that was made of it
+STAND_INS = {'ch_ppocr_server_v2.0_det_train': 'ch_ppocr_server_v2.0_det'}
 
 def _stand_in(path): return next((v for k,v in STAND_INS.items() if k in Path(str(path)).parts), None)
 
@@ -305,8 +313,11 @@ RELEASED_KEYS = ('pretrained','freeze_params','cache','bf16','compile','model_ty
 
 def _released_net(config, part):
     part.only(RELEASED_KEYS)
-    if not part.get('pretrained'): raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
-    if not part.get('freeze_params'): raise part.refuse("a network without Backbone and Head is a released one, which can only teach: freeze_params: true")
+    if not part.get('pretrained'):
+        raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
+    if not part.get('freeze_params'):
+        raise part.refuse("a network without Backbone and Head is a released one, which can only teach: "
+            "freeze_params: true")
     with part.blame('pretrained'): loaded = load_teacher(part.read('pretrained', str), task=task(config))
     if task(config)=='det': return _cached(config, part, loaded)
     net,alphabet = loaded
@@ -316,10 +327,12 @@ def _released_net(config, part):
 def _cached(config, part, net):
     "With its answers kept, if the configuration asks for that"
     if not part.get('cache'): return net
-    folder = Path(config['Global'].get('save_model_dir') or 'output')/'answers' if part.get('cache') is True else Path(part.read('cache', str))
+    if part.get('cache') is True: folder = Path(config['Global'].get('save_model_dir') or 'output')/'answers'
+    else: folder = Path(part.read('cache', str))
     weights = hashlib.sha256(teacher_file(part.get('pretrained')).read_bytes()).hexdigest()
     classes = hashlib.sha256(''.join(characters(config)).encode()).hexdigest() if task(config)=='rec' else ''
-    return CachedNet(net, folder/f"{Path(part.get('pretrained')).stem}.bin", f"{part.get('pretrained')} {weights} {classes}").eval()
+    return CachedNet(net, folder/f"{Path(part.get('pretrained')).stem}.bin",
+        f"{part.get('pretrained')} {weights} {classes}").eval()
 
 # %% ../../nbs/config/03_networks.ipynb #cb93243c
 class DistillationModel(Nets):
@@ -338,12 +351,16 @@ def _one_net(config, name, made, load):
     part = Section(config, 'Architecture', 'Models', name)
     if part.get('init') is not None: return _begun_as(config, part, made)
     if not (part.get('Backbone') or part.get('Head')): return _released_net(config, part)
-    released = _with_values(part, as_released(part.values))
-    net = _built(config, released)
+    net = _built(config, _with_part(config, part))
     path = part.read('pretrained', str, None) if load is None or name in load else None
     with part.blame('pretrained'):
         if path: load_into(net, path)
     return net
+
+def _with_part(config, part):
+    "The section of a network as its file holds it"
+    models = {**config['Architecture']['Models'], part.path[-1]: as_released(part.values)}
+    return Section(Config(config).copy_with(Architecture={**config['Architecture'], 'Models': models}), *part.path)
 
 def _built(config, part):
     kind = task(config)
@@ -354,14 +371,16 @@ def _begun_as(config, part, made):
     "A network that begins with another one's weights"
     other = part.read('init', str)
     if other not in made: raise part.unknown('net before this one', other, made, 'init')
-    if part.get('pretrained'): raise part.refuse("either init or pretrained says with which weights a network begins", 'init')
+    if part.get('pretrained'):
+        raise part.refuse("either init or pretrained says with which weights a network begins", 'init')
     if not (part.get('Backbone') or part.get('Head')):
         part.only(('init','freeze_params'))
         return copy.deepcopy(made[other])
     net = _built(config, part)
     with part.blame('init'):
         try: net.load_state_dict(made[other].state_dict())
-        except RuntimeError as e: raise UserError(f"{other} is of another shape: {str(e).splitlines()[-1].strip()}") from None
+        except RuntimeError as e:
+            raise UserError(f"{other} is of another shape: {str(e).splitlines()[-1].strip()}") from None
     return net
 
 # %% ../../nbs/config/03_networks.ipynb #119e0448
@@ -371,7 +390,8 @@ def _flagged(config, key):
     for name in net_names(config):
         part = Section(config, 'Architecture', 'Models', name)
         wanted = part.read(key, bool, False)
-        if wanted and not part.get('freeze_params'): raise part.refuse("this is for a network that only teaches: freeze_params: true", key)
+        if wanted and not part.get('freeze_params'):
+            raise part.refuse("this is for a network that only teaches: freeze_params: true", key)
         if wanted: found.append(name)
     return found
 
@@ -410,4 +430,5 @@ def _remapped(config, path):
     known = sum(c in before for c in now.chars)
     log.info('%s: of %d characters, %d were known to the weights; the others begin anew', path, len(now.chars), known)
     if not isinstance(model, Nets): return remap_classes(model, before, now)
-    return DistillationModel({n: remap_classes(model[n], before, now) for n in model.names}, list(model.frozen), model.bf16)
+    return DistillationModel({n: remap_classes(model[n], before, now) for n in model.names}, list(model.frozen),
+        model.bf16)

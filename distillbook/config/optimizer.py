@@ -11,13 +11,12 @@ __all__ = ['RUN_KEYS', 'LR_IGNORED', 'COMMON', 'ADAMW', 'OPTIMIZER_IGNORED', 'as
 # %% ../../nbs/config/07_optimizer.ipynb #fc2345da
 import warnings
 from functools import partial
-import torch
 from fastai.basics import OptimWrapper
 from ..core import UserError
 from ..optim import ClipGrad, OwnDecay, decay_groups, l2_groups
 from ..schedules import warmed_up
 from .registry import OPTIMISERS, SCHEDULES, arguments, called, parameters
-from .values import Section
+from .values import Section, as_kind
 
 # %% ../../nbs/config/07_optimizer.ipynb #a1325f27
 def as_section(
@@ -26,7 +25,8 @@ def as_section(
 )->Section:
     "A section, also of a plain dict"
     if isinstance(values, Section): return values
-    if not isinstance(values, dict): raise UserError(f"{'.'.join(path)}: a section such as {{name: ...}} is wanted, not {values!r}")
+    if not isinstance(values, dict):
+        raise UserError(f"{'.'.join(path)}: a section such as {{name: ...}} is wanted, not {values!r}")
     for key in reversed(path): values = {key: values}
     return Section(values, *path)
 
@@ -40,7 +40,8 @@ def lr_schedule(
 ): # From a step, counted from 0 over the whole run, to its rate
     "The learning rate as a function of the step, as PaddleOCR has it"
     section = as_section(lr, 'Optimizer', 'lr')
-    if epochs<1 or steps_per_epoch<1: raise section.refuse(f"{epochs} epochs of {steps_per_epoch} steps: a schedule needs at least one of each")
+    if epochs<1 or steps_per_epoch<1:
+        raise section.refuse(f"{epochs} epochs of {steps_per_epoch} steps: a schedule needs at least one of each")
     f = SCHEDULES.find(section.get('name', 'Const'), section, 'name')
     own = _own_keys(section, f)
     _check_sensible(section, own, steps_per_epoch)
@@ -68,8 +69,10 @@ def _numbers(section, key, value):
     if isinstance(value, (bool,str)): return value
     if not isinstance(value, (list,tuple)): return float(section.read(key, float, least=0))
     if not value: raise section.refuse(f"a list of numbers is wanted, not {value!r}", key)
-    listed = Section(dict(enumerate(value)))
-    with section.blame(key): return [float(listed.read(i, float, least=0)) for i in listed.values]
+    return [_rate(section, v, key, i) for i,v in enumerate(value)]
+
+def _rate(section, value, *keys):
+    with section.blame(*keys): return float(as_kind(value, float, least=0))
 
 # %% ../../nbs/config/07_optimizer.ipynb #aaaedf9e
 def _check_sensible(section, own, per_epoch):
@@ -78,9 +81,12 @@ def _check_sensible(section, own, per_epoch):
     for k in ('cycle','step_size'):
         if k in own and round(own[k]*per_epoch)<1: raise section.refuse(f"{own[k]:g} epochs are less than a step", k)
     epochs,values = own.get('decay_epochs', []),own.get('values', [])
-    if len(values) > len(epochs)+1: raise section.refuse(f"{len(values)} values need {len(values)-1} decay_epochs, there are {len(epochs)}", 'values')
+    if len(values) > len(epochs)+1:
+        raise section.refuse(f"{len(values)} values need {len(values)-1} decay_epochs, there are {len(epochs)}",
+            'values')
     strategy = own.get('anneal_strategy', 'cos')
-    if strategy not in ('cos','linear'): raise section.unknown('anneal_strategy', strategy, ['cos','linear'], 'anneal_strategy')
+    if strategy not in ('cos','linear'):
+        raise section.unknown('anneal_strategy', strategy, ['cos','linear'], 'anneal_strategy')
 
 # %% ../../nbs/config/07_optimizer.ipynb #a46dd074
 def decay_of(
@@ -89,14 +95,17 @@ def decay_of(
     "What kind of decay is asked for, and how much"
     decoupled = section.get('name')=='AdamW'
     if section.get('regularizer') is None:
-        return 'decoupled' if decoupled else 'L2', float(section.read('weight_decay', float, .01 if decoupled else 0., least=0))
-    if section.get('weight_decay') is not None: raise section.refuse("there is a regularizer and a weight_decay; PaddleOCR takes one of them")
+        return 'decoupled' if decoupled else 'L2', float(section.read('weight_decay', float, .01 if decoupled else 0.,
+            least=0))
+    if section.get('weight_decay') is not None:
+        raise section.refuse("there is a regularizer and a weight_decay; PaddleOCR takes one of them")
     own = Section(section.config, *section.path, 'regularizer')
     own.only(('name','factor'))
     kind = str(own.get('name')).removesuffix('Decay')
     if kind not in ('L1','L2'): raise own.unknown('regularizer', own.get('name'), ['L1','L2'], 'name')
     if decoupled and kind=='L1': raise own.refuse("AdamW has no L1", 'name')
-    return 'decoupled' if decoupled else kind, float(own.read('factor', float, 0., least=0))
+    factor = own.read('factor', float, least=0) if 'factor' in own else 0.
+    return 'decoupled' if decoupled else kind, float(factor)
 
 # %% ../../nbs/config/07_optimizer.ipynb #623c0d1e
 COMMON = ('name','lr','regularizer','weight_decay','clip_norm','clip_norm_global')
@@ -112,7 +121,8 @@ def _optimizer_of(section):
     silent = [k for k in section.values if k in others and k not in takes]
     for k in silent: warnings.warn(f"{section.place(k)} has no effect here, as in PaddleOCR")
     skip = (*COMMON, *ADAMW, *silent)
-    if not isinstance(found, type): return called(found, _positive(section, arguments(found, section, skip, OPTIMIZER_IGNORED)), section)
+    if not isinstance(found, type):
+        return called(found, _positive(section, arguments(found, section, skip, OPTIMIZER_IGNORED)), section)
     given = dict.fromkeys(('params','lr','weight_decay'))
     own = arguments(found, section, skip, OPTIMIZER_IGNORED, **given)
     return partial(found, **{k: v for k,v in own.items() if k not in given})
@@ -128,7 +138,8 @@ def build_optimizer(
     opt = _optimizer_of(section)
     kind,factor = decay_of(section)
     opt_func = partial(OptimWrapper, opt=opt, weight_decay=0. if kind=='L1' else factor)
-    return dict(opt_func=opt_func, groups=_groups(section, kind, factor), cbs=_clipping(section) + _own_decay(kind, factor))
+    return dict(opt_func=opt_func, groups=_groups(section, kind, factor),
+        cbs=_clipping(section) + _own_decay(kind, factor))
 
 def _groups(section, kind, factor):
     "The parameters by coefficient of decay"

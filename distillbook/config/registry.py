@@ -13,7 +13,7 @@ __all__ = ['WRONG_ARGUMENTS', 'BACKBONES', 'ENCODERS', 'NECKS', 'HEADS', 'TIMM',
 # %% ../../nbs/config/02_registry.ipynb #317081a2
 import importlib, inspect
 from torch import nn, optim
-from ..core import UserError
+from ..core import UserError, unknown
 from .values import KINDS, Section, as_kind
 
 # %% ../../nbs/config/02_registry.ipynb #233dd24b
@@ -33,7 +33,8 @@ class Registry(dict):
     ):
         "What a name stands for"
         if isinstance(name, str) and name in self: return self[name]
-        if not isinstance(name, str) or '.' not in name: raise section.unknown(self.kind, name, [*self, 'package.module.Name'], *keys)
+        if not isinstance(name, str) or '.' not in name:
+            raise section.unknown(self.kind, name, [*self, 'package.module.Name'], *keys)
         with section.blame(*keys): return self.own(name)
 
 # %% ../../nbs/config/02_registry.ipynb #8784b989
@@ -44,10 +45,12 @@ def imported(
     "What stands at a dotted path; `UserError` if nothing does"
     package,_,attribute = name.rpartition('.')
     try: module = importlib.import_module(package)
-    except (ImportError, ValueError) as e: raise UserError(f"no {kind} {name!r}: {e}") from None
+    except (ImportError, ValueError, TypeError) as e: raise UserError(f"no {kind} {name!r}: {e}") from None
+    except Exception as e:
+        raise UserError(f"no {kind} {name!r}: {package} cannot be imported: {type(e).__name__}: {e}") from e
     if not hasattr(module, attribute):
         near = [k for k,v in vars(module).items() if isinstance(v, type) or inspect.isfunction(v)]
-        raise Section({}).unknown(f'class or function in {package}', attribute, near)
+        raise unknown(f'class or function in {package}', attribute, near)
     return getattr(module, attribute)
 
 # %% ../../nbs/config/02_registry.ipynb #301fe44c
@@ -61,8 +64,10 @@ def own(self:Registry,
     found = imported(name, self.kind)
     is_class = isinstance(found, type)
     if self.base and not (is_class and issubclass(found, self.base)):
-        raise UserError(f"{name} is no class made from {self.base.__module__}.{self.base.__name__}, as a {self.kind} has to be")
-    if not is_class and not inspect.isfunction(found): raise UserError(f"{name} is no class and no function, and so no {self.kind}")
+        base = f'{self.base.__module__}.{self.base.__name__}'
+        raise UserError(f"{name} is no class made from {base}, as a {self.kind} has to be")
+    if not is_class and not inspect.isfunction(found):
+        raise UserError(f"{name} is no class and no function, and so no {self.kind}")
     return found
 
 # %% ../../nbs/config/02_registry.ipynb #64e2dc95
@@ -98,7 +103,7 @@ def arguments(
     own = {k: v for k,v in section.values.items() if k not in skip and k not in ignored}
     for key in own:
         if not isinstance(key, str) or (key not in takes and (key in given or not takes_anything(entry))):
-            raise section.unknown(f'key of {entry.__name__}', key, takes, key)
+            raise section.unknown(f'key of {entry.__name__}', key, [*takes, *skip], key)
     values = {}
     for key,value in own.items():
         with section.blame(key): values[key] = typed(takes[key], value) if key in takes else value
@@ -136,10 +141,13 @@ from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, 
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
 
 BACKBONES = dict(
-    rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance, PlainBackbone=rec_backbone.PlainBackbone),
+    rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
+        PlainBackbone=rec_backbone.PlainBackbone),
     det=Registry('backbone', nn.Module, **det_backbone.BACKBONES))
-ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN, svtr=rec_neck.EncoderWithSVTR)
-NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder), det=Registry('neck', nn.Module, **det_neck.NECKS))
+ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
+    svtr=rec_neck.EncoderWithSVTR)
+NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),
+    det=Registry('neck', nn.Module, **det_neck.NECKS))
 HEADS = dict(
     rec=Registry('head', nn.Module, CTCHead=rec_nets.CTCHead, SARHead=sar.SARHead, MultiHead=rec_nets.MultiHead),
     det=Registry('head', nn.Module, DBHead=det_nets.DBHead))
@@ -153,16 +161,19 @@ from ..rec import losses as rec_losses
 from ..det import losses as det_losses
 
 LOSSES = Registry('loss',
-    **{f.__name__: f for f in (losses.kd, losses.dml, losses.dkd, losses.dist, losses.distance, losses.cosine, losses.attention_transfer)},
+    **{f.__name__: f for f in (losses.kd, losses.dml, losses.dkd, losses.dist, losses.distance, losses.cosine,
+        losses.attention_transfer)},
     dml_paddle=losses.dml_paddle, kl_paddle=losses.kl_paddle,
-    **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss, rec_losses.nrtr_loss)},
+    **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss,
+        rec_losses.nrtr_loss)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss)})
 
 # %% ../../nbs/config/02_registry.ipynb #c5607c49
 from ..rec import decode
 from ..det import boxes, metric
 
-DECODERS = Registry('decoder', CTCLabelDecode=decode.CTCDecoder, SARLabelDecode=decode.SARDecoder, DBPostProcess=boxes.DBPostProcess)
+DECODERS = Registry('decoder', CTCLabelDecode=decode.CTCDecoder, SARLabelDecode=decode.SARDecoder,
+    DBPostProcess=boxes.DBPostProcess)
 METRICS = Registry('metric', RecMetric=decode.RecMetric, DetMetric=metric.DetMetric)
 
 # %% ../../nbs/config/02_registry.ipynb #c93a435f
@@ -172,9 +183,12 @@ from ..det import augment as det_augment, operations as det_ops, render as det_r
 
 OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=data_ops.KeepKeys,
     **{c.__name__: c for c in (rec_augment.RecAug, rec_augment.RecConAug, rec_ops.RecResizeImg)},
-    CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode, MultiLabelEncode=rec_ops.MultiLabelEncode,
-    **{c.__name__: c for c in (det_augment.ColorJitter, det_augment.CopyPaste, det_augment.EastRandomCropData, det_augment.IaaAugment)},
-    **{c.__name__: c for c in (det_ops.DetLabelEncode, det_ops.DetResizeForTest, det_ops.NormalizeImage, det_ops.ToCHWImage)},
+    CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode,
+    MultiLabelEncode=rec_ops.MultiLabelEncode,
+    **{c.__name__: c for c in (det_augment.ColorJitter, det_augment.CopyPaste, det_augment.EastRandomCropData,
+        det_augment.IaaAugment)},
+    **{c.__name__: c for c in (det_ops.DetLabelEncode, det_ops.DetResizeForTest, det_ops.NormalizeImage,
+        det_ops.ToCHWImage)},
     **{c.__name__: c for c in (targets.MakeBorderMap, targets.MakeShrinkMap)})
 
 # %% ../../nbs/config/02_registry.ipynb #61f3bef8

@@ -9,15 +9,16 @@ __all__ = ['KINDS', 'MOST_VALUES', 'DEEPEST', 'REQUIRED', 'wanted', 'as_kind', '
            'Config', 'place_of', 'Section']
 
 # %% ../../nbs/config/01_values.ipynb #4fcfd071
-import re
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 import yaml
 from fastcore.basics import patch
 from ..core import UserError, unknown
 
 # %% ../../nbs/config/01_values.ipynb #4ff5666e
-KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a section'}
+KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list',
+    dict: 'a section'}
 
 def wanted(
     kind:type, # One of `KINDS`
@@ -34,7 +35,7 @@ def as_kind(
 ):
     "The value, if it is of that kind; `UserError` says what is wanted"
     if kind is float and isinstance(value, str): value = _number_in(value)
-    types = dict.fromkeys(KINDS) | {float: (int,float), list: (list,tuple)}
+    types = dict.fromkeys(KINDS) | {float: Real, list: (list,tuple)}
     fits = isinstance(value, types[kind] or kind) and isinstance(value, bool)==(kind is bool)
     if fits and kind in (int,float): fits = -1e18<value<1e18 and (least is None or value>=least)
     if not fits: raise UserError(f"{wanted(kind, least)} is wanted, not {value!r}")
@@ -77,7 +78,9 @@ def count_values(
     counts[id(node)] = 0
     n = 1 + sum(count_values(o, counts, depth+1) for o in _children(node))
     counts[id(node)] = n
-    if n>MOST_VALUES: raise UserError(f"not YAML that can be used: with its anchors written out it has more than {MOST_VALUES} values")
+    if n>MOST_VALUES:
+        size = f"more than {MOST_VALUES} values"
+        raise UserError(f"not YAML that can be used: with its anchors written out it has {size}")
     return n
 
 def _children(node):
@@ -92,8 +95,8 @@ class TextKeys(yaml.SafeLoader):
 @patch
 def construct_mapping(self:TextKeys, node, deep=False):
     for key,_ in getattr(node, 'value', ()):
-        if isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool' and key.value.lower() not in ('true','false'):
-            key.tag = 'tag:yaml.org,2002:str'
+        is_bool = isinstance(key, yaml.ScalarNode) and key.tag=='tag:yaml.org,2002:bool'
+        if is_bool and key.value.lower() not in ('true','false'): key.tag = 'tag:yaml.org,2002:str'
     return yaml.SafeLoader.construct_mapping(self, node, deep)
 
 # %% ../../nbs/config/01_values.ipynb #cc77b725
@@ -118,12 +121,16 @@ def _why(error):
 # %% ../../nbs/config/01_values.ipynb #8c42798d
 class Config(dict):
     "A configuration that knows its file and the line of each key"
-    path,lines = '',{}
+    def __init__(self,
+        values=(), # A dict; a `Config` hands on its file and lines
+    ):
+        super().__init__(values)
+        self.path,self.lines = getattr(values, 'path', ''),getattr(values, 'lines', {})
 
     def copy_with(self, **sections):
         "The same file with other sections"
-        other = Config({**self, **sections})
-        other.path,other.lines = self.path,self.lines
+        other = Config(self)
+        other.update(sections)
         return other
 
 def place_of(

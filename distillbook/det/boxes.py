@@ -7,14 +7,13 @@ Docs: https://distillbook.github.io/distillbook/det/boxes.html.md"""
 # %% auto #0
 __all__ = ['MIN_SIDE', 'COLOURS', 'outlines', 'order_corners', 'rectangles', 'mean_inside', 'unclip_distance', 'find_quads',
            'fewer_corners', 'find_polys', 'scale_points', 'as_array', 'first_maps', 'picture_sizes', 'DBPostProcess',
-           'check_numbers', 'draw_boxes', 'missed_words', 'page_picture', 'draw_polygons', 'draw_words', 'draw_found']
+           'check_numbers', 'draw_boxes']
 
 # %% ../../nbs/det/09_boxes.ipynb #669f70a4
 import cv2, numpy as np, torch
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 from ..core import UserError, unknown
-from .geometry import area_length, offset_polygon, overlaps, valid_polygons
+from .geometry import area_length, offset_polygon
 
 # %% ../../nbs/det/09_boxes.ipynb #a149f8de
 def outlines(
@@ -209,65 +208,3 @@ def draw_boxes(
         origin = 4*width,(k+1)*14*width
         cv2.putText(image, name, origin, cv2.FONT_HERSHEY_SIMPLEX, .45*width, colour, width, cv2.LINE_AA)
     return image
-
-# %% ../../nbs/det/09_boxes.ipynb #410550c2
-def missed_words(
-    words, # Polygons [P,K,2], or a list of [K,2]
-    boxes, # Of the same page, [B,4,2] or a list of [K,2]
-    iou:float=.5, # A word is found if a box has more than this in common with it
-)->np.ndarray: # bool [P]; False also for words that enclose nothing
-    "Which words no box lies on"
-    truth,places = valid_polygons(words)
-    i,_,_,ious = overlaps(truth, valid_polygons(boxes)[0])
-    missed = np.zeros(len(words), bool)
-    missed[places] = True
-    missed[places[i[ious>iou]]] = False
-    return missed
-
-# %% ../../nbs/det/09_boxes.ipynb #75a72687
-def page_picture(
-    image, # Normalised, BGR [3,H,W]
-    size, # Width and height of what is no padding, pixels
-)->np.ndarray: # RGB, 0..1, [h,w,3]
-    "A page of a batch, to be looked at"
-    w,h = size
-    picture = as_array(image)[::-1,:h,:w].transpose(1, 2, 0)
-    low,high = picture.min(),picture.max()
-    return (picture-low)/max(high-low, 1e-6)
-
-def draw_polygons(ax, polys, **kwargs):
-    for p in polys:
-        p = as_array(p).reshape(-1, 2)
-        if len(p): ax.fill(*p.T, fill=False, **kwargs)
-
-def draw_words(ax, words, ignore, boxes):
-    "Words that were found in green, missed ones in red and dashed, those that do not count dotted"
-    ignore = as_array(ignore).astype(bool)
-    missed = missed_words(words, boxes) & ~ignore
-    styles = dict(ec='tab:green', lw=1), dict(ec='red', lw=1.6, ls='--'), dict(ec='grey', lw=1, ls=':')
-    for chosen,style in zip((~missed & ~ignore, missed, ignore), styles):
-        draw_polygons(ax, [p for p,c in zip(words, chosen) if c], **style)
-    return f"{missed.sum()} of {(~ignore).sum()} missed"
-
-# %% ../../nbs/det/09_boxes.ipynb #35d04499
-def draw_found(
-    batch, # image, normalised, [N,3,H,W]; shape [N,4], see `picture_sizes`; perhaps polys and ignore_tags
-    decoded, # For each page a dict with points, as `DBPostProcess` gives; or a dict of such lists by networks' names
-    n:int=6, # At most so many pages
-)->Figure:
-    "What each network found on the first pages of a batch: a row a page, a column a network, boxes orange"
-    nets = decoded if isinstance(decoded, dict) else {'': decoded}
-    images,shapes,*truth = batch
-    sizes,inner = picture_sizes(shapes, len(images), *images.shape[-2:])
-    n = min(n, len(images))
-    fig = Figure(figsize=(4*len(nets), 4*sum(h/w for w,h in sizes[:n])+.3*n), layout='constrained')
-    axes = fig.subplots(n, len(nets), squeeze=False, height_ratios=[h/w for w,h in sizes[:n]])
-    for i,row in enumerate(axes):
-        picture,(w,h) = page_picture(images[i], inner[i]),sizes[i]
-        for ax,(name,pages) in zip(row, nets.items()):
-            ax.imshow(picture, extent=(0, w, h, 0))
-            draw_polygons(ax, pages[i]['points'], ec='tab:orange', lw=1.4)
-            note = draw_words(ax, truth[0][i], truth[1][i], pages[i]['points']) if len(truth)>1 else ''
-            ax.set_title(': '.join(o for o in (name, note) if o), fontsize=9)
-            ax.axis('off')
-    return fig

@@ -17,22 +17,22 @@ from .geometry import overlaps, valid_polygons
 
 # %% ../../nbs/det/10_metric.ipynb #b446d20c
 def match_boxes(
-    truth, # shapely polygons of the words, as `valid_polygons` gives them [T]
-    found, # shapely polygons of the boxes [F]
-    ignore, # Which words do not count, bool [T]
+    words, # shapely polygons of the words, as `valid_polygons` gives them [W]
+    boxes, # shapely polygons of the boxes [B]
+    ignore, # Which words do not count, bool [W]
     iou:float=.5, # A box is right if its IoU with a word is more than this
     area_precision:float=.5, # A box is left out if more than this part of it lies in one of the words that do not count
-)->tuple: # Pairs of word and box that belong together, int [M,2], and which boxes count, bool [F]
+)->tuple: # Pairs of word and box that belong together, int [M,2], and which boxes count, bool [B]
     "Words and boxes that belong together, first come, first served"
-    t,f,shared,ious = overlaps(truth, found)
-    counts = np.ones(len(found), dtype=bool)
-    counts[f[ignore[t] & (shared/shapely.area(found[f]) > area_precision)]] = False
-    good = ~ignore[t] & counts[f] & (ious > iou)
+    w,b,shared,ious = overlaps(words, boxes)
+    counts = np.ones(len(boxes), dtype=bool)
+    counts[b[ignore[w] & (shared/shapely.area(boxes[b]) > area_precision)]] = False
+    good = ~ignore[w] & counts[b] & (ious > iou)
     pairs,taken = {},set()
-    for a,b in zip(t[good].tolist(), f[good].tolist()):
-        if a not in pairs and b not in taken:
-            pairs[a] = b
-            taken.add(b)
+    for word,box in zip(w[good].tolist(), b[good].tolist()):
+        if word not in pairs and box not in taken:
+            pairs[word] = box
+            taken.add(box)
     return np.array(list(pairs.items()), dtype=int).reshape(-1, 2),counts
 
 # %% ../../nbs/det/10_metric.ipynb #21d6367f
@@ -48,7 +48,7 @@ class DetMetric(Metric):
         self.decode = decode or DBPostProcess()
         self.reset()
     def reset(self):
-        self.matched = self.found = self.there = 0
+        self.matched = self.n_boxes = self.n_words = 0
         self.blind = False
     def count_page(self, points, polys, tags):
         if len(polys)!=len(tags): raise UserError(f"a page of {len(polys)} words has {len(tags)} ignore_tags")
@@ -56,8 +56,8 @@ class DetMetric(Metric):
         ignore = as_array(tags).astype(bool)[places]
         pairs,counts = match_boxes(truth, valid_polygons(points)[0], ignore, self.iou, self.area_precision)
         self.matched += len(pairs)
-        self.found += int(counts.sum())
-        self.there += int((~ignore).sum())
+        self.n_boxes += int(counts.sum())
+        self.n_words += int((~ignore).sum())
 
 # %% ../../nbs/det/10_metric.ipynb #a85a4935
 @patch
@@ -85,5 +85,5 @@ def value(self:DetMetric):
     if self.blind:
         raise UserError("DetMetric wants validation batches with the targets (shape, polys, ignore_tags), "
             "and these have others")
-    precision,recall = self.matched/max(self.found, 1),self.matched/max(self.there, 1)
+    precision,recall = self.matched/max(self.n_boxes, 1),self.matched/max(self.n_words, 1)
     return dict(precision=precision, recall=recall, hmean=2*precision*recall/(precision+recall or 1))

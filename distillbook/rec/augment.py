@@ -222,7 +222,8 @@ class RecConAug:
         max_text_length:int=25, # Of the joined label, characters
         ext_data_num:int=1, # Further lines that the data set draws for each
     ):
-        self.prob,self.height,self.ratio = prob,image_shape[0],image_shape[1]/image_shape[0]
+        self.prob = prob
+        self.height,self.ratio = image_shape[0],image_shape[1]/image_shape[0]
         self.max_text_length,self.ext_data_num = max_text_length,ext_data_num
 
     def __call__(self,

@@ -6,14 +6,13 @@ Docs: https://distillbook.github.io/distillbook/rec/backbone.html.md"""
 
 # %% auto #0
 __all__ = ['CHANNELS', 'STRIDES', 'separable', 'SE', 'height_and_width', 'MobileNetV1Enhance', 'Residual', 'conv_relu',
-           'PlainBackbone', 'map_of_eight', 'TimmBackbone', 'other_backbone']
+           'PlainBackbone', 'map_of_eight', 'TimmBackbone']
 
 # %% ../../nbs/rec/04_backbone.ipynb #e6ddca22
-import importlib
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from torch import nn
 from ..core import UserError, unknown
-from ..layers import construct, conv_bn, named
+from ..layers import conv_bn, named
 
 # %% ../../nbs/rec/04_backbone.ipynb #c19a5084
 def separable(
@@ -142,22 +141,3 @@ class TimmBackbone(nn.Module):
         self.out_channels = self.body.feature_info.channels()[-1]
 
     def forward(self, x): return self.body(x)[-1].mean(2, keepdim=True)
-
-# %% ../../nbs/rec/04_backbone.ipynb #953aaf32
-def other_backbone(
-    name:str, # 'timm.NAME', or 'package.module.Class'
-    where:str='Backbone', # Where the name was written, for messages
-    /,
-    **kwargs, # For timm or for the class
-)->nn.Module: # Has `out_channels`; `UserError` if there is no such thing
-    "A backbone that is not part of this library"
-    package,_,cls = name.rpartition('.')
-    if name.startswith('timm.'): return construct(TimmBackbone, kwargs, where, name=name.removeprefix('timm.'))
-    try: module = importlib.import_module(package)
-    except (ImportError, ValueError) as e: raise UserError(f"{where}: no backbone {name!r}: {e}") from None
-    if not hasattr(module, cls): raise unknown(f'class in {package}', cls, [k for k,v in vars(module).items() if isinstance(v, type)], where)
-    found = getattr(module, cls)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)): raise UserError(f"{where}: {name} is no class of networks (nn.Module)")
-    net = construct(found, kwargs, where)
-    if not isinstance(getattr(net, 'out_channels', None), int): raise UserError(f"{where}: {name} must say in `out_channels` how many channels its map has")
-    return net

@@ -1,4 +1,4 @@
-"""A student that can read goes on to something it has not seen: another font, other letters. With its teacher or alone, and what it forgets on the way.
+"""A student that can read learns something that it has not seen: another font, other letters. With its teacher or alone, and what it forgets on the way.
 
 Docs: https://distillbook.github.io/distillbook/use/finetune.html.md"""
 
@@ -14,19 +14,21 @@ from torch import nn
 from ..core import UserError
 from ..det.nets import DBHead
 from ..rec.labels import Alphabet, SARClasses
+from .weights import threshold_twin
 
 # %% ../../nbs/use/05_finetune.ipynb #dcd4fff7
 def remap_rows(
     rows:torch.Tensor, # Of the old classes, first dimension
     fresh:torch.Tensor, # As many as there are new classes: what the new ones begin with
-    at:list, # For each new class the number of the old one, or None
+    old_rows:list, # For each new class the number of the old one, or None
 )->torch.Tensor:
     "Old rows in new places, and fresh ones where there is no old one"
     res = fresh.detach().clone()
-    for i,j in enumerate(at):
+    for i,j in enumerate(old_rows):
         if j is not None and i<len(res) and j<len(rows): res[i] = rows[j]
     return res
 
+# %% ../../nbs/use/05_finetune.ipynb #8a0e7e79
 def remap_classes(
     net:nn.Module, # A recogniser with a CTC layer of `len(old)` classes, and perhaps a SAR head
     old:Alphabet, new:Alphabet, # What its classes are, and shall be
@@ -34,35 +36,50 @@ def remap_classes(
 )->nn.Module: # A copy
     "A recogniser for another alphabet that keeps all it knows of the characters in both"
     if begin not in ('random','mean'): raise UserError(f"begin: 'random' or 'mean', not {begin!r}")
-    net,at = copy.deepcopy(net),[0]+[old.encode([c])[0] if c in old else None for c in new.chars]
-    layers = [(n,m) for n,m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features==len(old)]
-    if not layers: raise UserError(f"{type(net).__name__} has no linear layer with {len(old)} classes, as many as the old alphabet has with the blank")
-    _put(net, layers[-1][0], _wider(layers[-1][1], len(new), at, begin))
-    for n,m in [(n,m) for n,m in net.named_modules() if hasattr(m, 'embedding') and hasattr(m, 'prediction')]: _remap_sar(m, old, new, begin)
+    net,layers = copy.deepcopy(net),[]
+    for name,m in net.named_modules():
+        if isinstance(m, nn.Linear) and m.out_features==len(old): layers.append((name, m))
+    if not layers:
+        raise UserError(f"{type(net).__name__} has no linear layer with {len(old)} classes, "
+            "as many as the old alphabet has with the blank")
+    (path,layer),old_rows = layers[-1],[0, *_old_classes(old, new)]
+    _replace(net, path, _other_rows(layer, len(new), old_rows, begin))
+    for m in net.modules():
+        if hasattr(m, 'embedding') and hasattr(m, 'prediction'): _remap_sar(m, old, new, begin)
     return net
 
-# %% ../../nbs/use/05_finetune.ipynb #f5a12cd2
-def _put(net, path, layer):
+def _old_classes(old, new): return [old.encode([c])[0] if c in old else None for c in new.chars]
+
+def _replace(net, path, layer):
     parent,_,name = path.rpartition('.')
     setattr(net.get_submodule(parent), name, layer)
 
-def _wider(layer, n, at, begin, chars=slice(1, None)):
-    "A linear layer with other rows"
+# %% ../../nbs/use/05_finetune.ipynb #a546f16d
+def _other_rows(layer, n, old_rows, begin, chars=slice(1, None)):
+    "A linear layer with other rows; `chars` are the old ones of characters"
     res = nn.Linear(layer.in_features, n, device=layer.weight.device, dtype=layer.weight.dtype)
-    for k in [k for k in ('own_l2',) if hasattr(layer, k)]: setattr(res, k, getattr(layer, k))
+    if hasattr(layer, 'own_l2'): res.own_l2 = layer.own_l2
     for k,p in res.named_parameters():
-        was = getattr(layer, k).data
-        p.data = remap_rows(was, was[chars].mean(0, keepdim=True).expand_as(p) if begin=='mean' else p, at)
+        rows = getattr(layer, k).data
+        p.data = remap_rows(rows, _fresh(rows[chars], p, begin), old_rows)
     return res
 
+def _fresh(chars, random, begin):
+    "What new rows begin with"
+    return chars.mean(0, keepdim=True).expand_as(random) if begin=='mean' else random
+
+# %% ../../nbs/use/05_finetune.ipynb #e8f91162
 def _remap_sar(m, old, new, begin):
-    a,b = SARClasses(old.chars),SARClasses(new.chars)
-    if m.embedding.num_embeddings!=len(a): raise UserError(f"a SAR head of {m.embedding.num_embeddings} classes is not one of {len(a)}, for {len(old.chars)} characters and three signs")
-    at = [old.encode([c])[0]-1 if c in old else None for c in new.chars] + [a.unknown, a.start, a.pad]
+    "In place, a decoder with `embedding` and `prediction`"
+    a,b,rows = SARClasses(old.chars),SARClasses(new.chars),m.embedding.weight.data
+    if len(rows)!=len(a):
+        raise UserError(f"a SAR head of {len(rows)} classes is not one of {len(a)}, "
+            f"for {len(old.chars)} characters and three signs")
+    old_rows = [None if i is None else i-1 for i in _old_classes(old, new)] + [a.unknown, a.start, a.pad]
+    chars = slice(0, a.unknown)
     table = nn.Embedding(len(b), m.embedding.embedding_dim, padding_idx=b.pad)
-    chars = m.embedding.weight.data[:a.unknown]
-    table.weight.data = remap_rows(m.embedding.weight.data, chars.mean(0, keepdim=True).expand_as(table.weight) if begin=='mean' else table.weight, at)
-    m.embedding,m.prediction = table,_wider(m.prediction, len(b)-1, at[:-1], begin, slice(0, a.unknown))
+    table.weight.data = remap_rows(rows, _fresh(rows[chars], table.weight, begin), old_rows)
+    m.embedding,m.prediction = table,_other_rows(m.prediction, len(b)-1, old_rows[:-1], begin, chars)
     m.start,m.pad = b.start,b.pad
 
 # %% ../../nbs/use/05_finetune.ipynb #fc42176d
@@ -72,6 +89,5 @@ def new_threshold(
     "A released detector that can be trained with the whole DB loss"
     if not isinstance(getattr(net, 'head', None), DBHead): raise UserError(f"{type(net).__name__} has no DBHead")
     net = copy.deepcopy(net)
-    net.head.thresh = copy.deepcopy(net.head.binarize)
-    net.head.thresh.conv3.reset_parameters()
+    net.head.thresh = threshold_twin(net.head)
     return net

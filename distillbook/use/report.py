@@ -29,8 +29,9 @@ from ..learner import DistillLearner, _first_batch
 from ..nets import Nets, Targets, addresses, look_up
 from ..rec.render import render_words
 from ..schedules import FollowSchedule
-from ..terms import Term, Terms
-from .training import Experiment, learner, read_metrics
+from ..terms import Terms
+from .evaluation import asked_anew, same_random
+from .training import learner, read_metrics
 
 # %% ../../nbs/use/04_report.ipynb #4ddaf983
 def macs(
@@ -38,10 +39,10 @@ def macs(
     shape, # Of one picture: channels, height, width
 )->int: # None for a network that PyTorch does not run
     "Multiplications (each with an addition) that a picture costs, as the network predicts"
-    net = copy.deepcopy(net.net if isinstance(net, CachedNet) else net).eval()
+    net = copy.deepcopy(net).eval()
     if not list(net.parameters()): return None
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter: net.to('meta')(torch.empty(1, *shape, device='meta'))
+    with torch.no_grad(), asked_anew(net), counter: net.to('meta')(torch.empty(1, *shape, device='meta'))
     return counter.get_total_flops()//2
 
 # %% ../../nbs/use/04_report.ipynb #99f2e459
@@ -101,7 +102,7 @@ def _outputs(nets, xb, yb):
     "Of one batch as in training; running statistics stay as they are"
     saved,was = copy.deepcopy(nets.state_dict()),nets.training
     targets = [Targets(yb)] if nets.want_targets() else []
-    with torch.no_grad(), torch.random.fork_rng(): outs = nets.train()(*xb, *targets)
+    with torch.no_grad(), same_random(nets): outs = nets.train()(*xb, *targets)
     nets.load_state_dict(saved)
     nets.train(was)
     return outs
@@ -430,12 +431,14 @@ def tracker_cbs(
 
 def _tensorboard(path):
     try: from fastai.callback.tensorboard import TensorBoardCallback
-    except ImportError: raise UserError("TensorBoard is not installed: pip install 'distillbook[tensorboard]'") from None
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install 'distillbook[tensorboard]'") from None
     return _numbers_only(TensorBoardCallback(str(path), trace_model=False, log_preds=False))
 
 def _wandb(settings, folder, config):
     try: import wandb; from fastai.callback.wandb import WandbCallback
-    except ImportError: raise UserError("Weights & Biases is not installed: pip install 'distillbook[wandb]'") from None
+    except ImportError:
+        raise UserError("Weights & Biases is not installed: pip install 'distillbook[wandb]'") from None
     if not isinstance(settings, dict):
         raise UserError(f"a section with project, name, entity is wanted, not {settings!r}")
     settings = dict(project='distillbook', name=None, entity=None) | settings
