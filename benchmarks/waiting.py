@@ -12,6 +12,12 @@ from pathlib import Path
 from statistics import median
 
 SETTINGS = {'unset': {}, 'passive': dict(OMP_WAIT_POLICY='passive'), **{f'spin {n}': dict(GOMP_SPINCOUNT=str(n)) for n in (1000,10000,100000)}}
+BUSY = '''
+import os
+parent = os.getppid()
+while os.getppid()==parent: # It ends when we do, however that happens
+    for _ in range(10**6): pass
+'''
 OURS = ('OMP_WAIT_POLICY','GOMP_SPINCOUNT','OMP_NUM_THREADS')
 
 def steps(n):
@@ -44,7 +50,7 @@ def one_process(setting, threads, n):
 
 def measured(busy, a):
     "Steps of each setting, in turns; beside so many processes that only count"
-    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(busy)]
+    others = [subprocess.Popen([sys.executable, '-c', BUSY]) for _ in range(busy)]
     took = {k: [] for k in SETTINGS}
     try:
         for r in range(a.rounds):
