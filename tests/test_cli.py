@@ -191,7 +191,7 @@ def test_summary(tiny, tmp_path):
     r = distillbook('summary', '-c', 'quickstart', '--json', '--draw', tmp_path/'s.png', cwd=tmp_path) # By name, in an empty folder
     assert r.returncode==0, r.stderr
     got = json.loads(r.stdout)
-    assert [o['net'] for o in got['nets']]==NETS and [o['role'] for o in got['nets']]==['frozen, teaches','learns','learns'] and len(got['terms'])==3
+    assert [o['net'] for o in got['nets']]==NETS and [o['role'] for o in got['nets']]==['teaches (frozen)','learns','learns'] and len(got['terms'])==3
     assert cv2.imread(str(tmp_path/'s.png')).std()>5 and [o.name for o in tmp_path.iterdir()]==['s.png']
     assert all(n in inside('summary', '--run', tiny[0]).stdout for n in NETS)
 

@@ -123,7 +123,7 @@ def test_counts(monkeypatch):
     monkeypatch.setattr(devices, 'gathered', lambda o: [[state(a)], [state(b)]])
     devices.add_up([a])
     assert a.value==pytest.approx(whole.value, abs=1e-12) and a.n==11
-    assert devices.counts(DetMetric())==['matched','found','there','blind']
+    assert devices.counts(DetMetric())==['matched','n_boxes','n_words','blind']
     class Odd:
         def __init__(self): self.size = 3
         def reset(self): self.n = [0]*self.size
