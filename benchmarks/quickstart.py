@@ -1,4 +1,4 @@
-"""The quickstart with several seeds, as a user runs it: `python -m benchmarks.quickstart [--seeds 0 1 2] [--threads 2]`.
+"""The quickstart with several seeds, as a user runs it: `python -m benchmarks.quickstart [--seeds 0 1 2] [--threads 2] [-o KEY=VALUE ...]`.
 
 Each run is the whole command in a process and a folder of its own, so that nothing is rendered or asked before. Prints a table of the
 means and of the lowest and highest, and writes it with the machine into `runs/seeds/quickstart.json`. Copied to
@@ -19,11 +19,13 @@ def machine():
     return dict(cpu=cpu, cores=os.cpu_count(), python=platform.python_version(), **{p: version(p) for p in ('torch', 'fastai', 'distillbook')})
 
 
-def one_run(seed, out, threads):
+def one_run(seed, out, threads, overrides=()):
     "The command for one seed; its figures, and the parameters of its networks"
     folder = out/f'seed{seed}'
     shutil.rmtree(folder, ignore_errors=True)
-    cmd = ['distillbook', 'train', '-c', 'configs/quickstart.yml', '-o', f'Global.seed={seed}', f'Global.save_model_dir={folder}', f'Global.threads={threads}']
+    own = [f'Global.seed={seed}', f'Global.save_model_dir={folder}', f'Global.threads={threads}']
+    cmd = ['distillbook', 'train', '-c', 'configs/quickstart.yml']
+    for o in [*own, *overrides]: cmd += ['-o', o]
     start = time.perf_counter()
     subprocess.run(cmd, check=True)
     took = time.perf_counter()-start
@@ -41,9 +43,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('-o', nargs='+', default=[], metavar='KEY=VALUE', help='for the command, for instance fewer words to try this')
     p.add_argument('--out', type=Path, default=Path('runs/seeds'))
     a = p.parse_args()
-    runs,parameters = zip(*(one_run(s, a.out, a.threads) for s in a.seeds))
+    runs,parameters = zip(*(one_run(s, a.out, a.threads, a.o) for s in a.seeds))
     table = {k: spread([r[k] for r in runs]) for k in runs[0]}
     command = ' '.join(['python -m benchmarks.quickstart', *sys.argv[1:]])
     result = dict(command=command, seeds=a.seeds, threads=a.threads, machine=machine(), parameters=parameters[0], table=table)
