@@ -165,6 +165,7 @@ def main():
     ap.add_argument('--only', choices=[*CASES])
     ap.add_argument('--json', type=Path)
     a = ap.parse_args()
+    if a.words<256 or a.pages<16: ap.error('two batches are wanted of each size: --words 256 and --pages 16 at least')
     torch.set_num_threads(1); cv2.setNumThreads(1)
     logging.getLogger('distillbook').setLevel(logging.ERROR)
     res = dict(machine=machine(), cores=os.cpu_count(), threads=1, rounds=a.rounds, loaders={}, operations={}, pictures={}, waits={})

@@ -48,3 +48,36 @@ def test_command(tmp_path):
     assert found['threads']==1 and found['machine']['cores']>=1 and len(found['ctc'])==4 and all(o['ms']>0 for o in found['ctc'])
     r = subprocess.run([sys.executable, '-m', 'benchmarks', 'stpes'], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert r.returncode==2 and "no suite 'stpes'" in r.stderr
+
+def test_waiting(monkeypatch):
+    "Settings reach the processes; the best of a condition has the ratio 1"
+    from benchmarks import waiting
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'active')
+    got = {}
+    def run(cmd, env, **_):
+        got[cmd[-1]] = env
+        return subprocess.CompletedProcess(cmd, 0, '[0.5, 1.0]')
+    monkeypatch.setattr(waiting.subprocess, 'run', run)
+    took = waiting.one_process('spin 1000', 2, 7)
+    assert took==[.5,1.] and got['7']['GOMP_SPINCOUNT']=='1000' and got['7']['OMP_NUM_THREADS']=='2' and 'OMP_WAIT_POLICY' not in got['7']
+    a,b = waiting.rows('quiet', dict(unset=[2.,3.,4.], passive=[1.,1.5,2.]))
+    assert (a['ms'],a['ratio'],b['ratio'])==(3000.,2.,1.)
+
+def test_results():
+    "What the chapters read is there, in the form in which the benchmarks write it, and says where it comes from"
+    results = Path(__file__).parents[1]/'benchmarks'/'results'
+    for path in results.glob('*.json'):
+        o = json.loads(path.read_text())
+        assert 'machine' in o, path.name
+        assert 'command' in o or path.stem.startswith('paddleocr'), path.name
+    for name in ('five_losses','five_ways','four_detectors'): assert (results/f'{name}.png').exists()
+
+def test_summary_of_detectors():
+    "Gains are over the same student alone"
+    from benchmarks.four_detectors import summary_of
+    def row(way, net, hmean): return dict(way=way, seed=0, net=net, set='held out', hmean=hmean, precision=.5, recall=.5)
+    rows = [row('alone','Student',.5), row('alone','Student2',.7), row('DML','Student',.6), row('DML','Student2',.6)]
+    rows += [dict(r, set='unseen font') for r in rows]
+    got = {(o['way'],o['set']): o for o in summary_of(rows)}
+    assert got['DML','held out']['gain']==dict(mean=0., lowest=-.1, highest=.1)
+    assert got['alone','held out']['gain'] is None and got['alone','held out']['hmean']['mean']==.6
