@@ -7,9 +7,10 @@ Docs: https://distillbook.github.io/distillbook/config/config.html.md"""
 # %% auto #0
 __all__ = ['HOMES']
 
-# %% ../../nbs/config/00_config.ipynb #c0f19003
+# %% ../../nbs/config/00_config.ipynb #1c1e2922
 from importlib import import_module
 
+# %% ../../nbs/config/00_config.ipynb #c0f19003
 _names = dict(
     files='load_config save_config find_config check',
     networks='build_model build_network DistillationModel characters task net_names',

@@ -53,9 +53,10 @@ def imported(
         raise unknown(f'class or function in {package}', attribute, near)
     return getattr(module, attribute)
 
-# %% ../../nbs/config/02_registry.ipynb #301fe44c
+# %% ../../nbs/config/02_registry.ipynb #6956dd68
 from fastcore.basics import patch
 
+# %% ../../nbs/config/02_registry.ipynb #301fe44c
 @patch
 def own(self:Registry,
     name:str, # 'package.module.Name'
@@ -136,10 +137,11 @@ def build(
     "An entry made of what a section says"
     return called(entry, arguments(entry, section, skip, ignored, **given), section)
 
-# %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
+# %% ../../nbs/config/02_registry.ipynb #56b9753c
 from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, sar
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
 
+# %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
         PlainBackbone=rec_backbone.PlainBackbone),
@@ -155,11 +157,12 @@ HEADS = dict(
 # %% ../../nbs/config/02_registry.ipynb #6bc8778d
 TIMM = dict(rec=rec_backbone.TimmBackbone, det=det_nets.TimmMaps)
 
-# %% ../../nbs/config/02_registry.ipynb #f4733cf0
+# %% ../../nbs/config/02_registry.ipynb #7c68d425
 from .. import losses
 from ..rec import losses as rec_losses
 from ..det import losses as det_losses
 
+# %% ../../nbs/config/02_registry.ipynb #f4733cf0
 LOSSES = Registry('loss',
     **{f.__name__: f for f in (losses.kd, losses.dml, losses.dkd, losses.dist, losses.distance, losses.cosine,
         losses.attention_transfer)},
@@ -168,19 +171,21 @@ LOSSES = Registry('loss',
         rec_losses.nrtr_loss)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss)})
 
-# %% ../../nbs/config/02_registry.ipynb #c5607c49
+# %% ../../nbs/config/02_registry.ipynb #85f49b94
 from ..rec import decode
 from ..det import boxes, metric
 
+# %% ../../nbs/config/02_registry.ipynb #c5607c49
 DECODERS = Registry('decoder', CTCLabelDecode=decode.CTCDecoder, SARLabelDecode=decode.SARDecoder,
     DBPostProcess=boxes.DBPostProcess)
 METRICS = Registry('metric', RecMetric=decode.RecMetric, DetMetric=metric.DetMetric)
 
-# %% ../../nbs/config/02_registry.ipynb #c93a435f
+# %% ../../nbs/config/02_registry.ipynb #dd920ab7
 from ..data import operations as data_ops
 from ..rec import augment as rec_augment, operations as rec_ops, render as rec_render
 from ..det import augment as det_augment, operations as det_ops, render as det_render, targets
 
+# %% ../../nbs/config/02_registry.ipynb #c93a435f
 OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=data_ops.KeepKeys,
     **{c.__name__: c for c in (rec_augment.RecAug, rec_augment.RecConAug, rec_ops.RecResizeImg)},
     CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode,
@@ -191,9 +196,10 @@ OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=da
         det_ops.ToCHWImage)},
     **{c.__name__: c for c in (targets.MakeBorderMap, targets.MakeShrinkMap)})
 
-# %% ../../nbs/config/02_registry.ipynb #61f3bef8
+# %% ../../nbs/config/02_registry.ipynb #d72161ae
 from ..data import lists, shards
 
+# %% ../../nbs/config/02_registry.ipynb #61f3bef8
 def SimpleDataSet(label_file_list, data_dir:str='.', ratio_list=1., delimiter:str='\t', seed:int=0):
     "Label files"
     return lists.label_files(label_file_list, data_dir, ratio_list, delimiter, seed=seed)
@@ -209,10 +215,11 @@ def WebDataset(label_file_list, data_dir:str='.'):
 DATASETS = Registry('dataset', SimpleDataSet=SimpleDataSet, LMDBDataSet=LMDBDataSet, WebDataset=WebDataset,
     RenderedLines=rec_render.RenderedLines, RenderedPages=det_render.RenderedPages)
 
-# %% ../../nbs/config/02_registry.ipynb #77be8e60
+# %% ../../nbs/config/02_registry.ipynb #1319d93e
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
 from .. import optim as optimisers, schedules
 
+# %% ../../nbs/config/02_registry.ipynb #77be8e60
 OPTIMISERS = Registry('optimizer', optim.Optimizer, **optimisers.OPTIMISERS)
 SCHEDULES = Registry('schedule', **schedules.SCHEDULES)
 
