@@ -7,7 +7,9 @@ from torch import nn
 
 from distillbook.core import UserError
 from distillbook.det.backbone import *
-from distillbook.layers import construct, paddle_batchnorm
+from distillbook.config.registry import build
+from distillbook.config.values import Config, Section
+from distillbook.layers import paddle_batchnorm
 from distillbook.use.weights import load_paddle
 from weights_formula import fill
 
@@ -158,16 +160,26 @@ def test_initial_values_are_paddles():
                 assert m.bias is None or not m.bias.any()
             if isinstance(m, nn.BatchNorm2d): assert (m.weight==1).all() and not m.bias.any()
 
-BAD = [(ResNet_vd, dict(layers=20), "no number of layers 20; there are: 18, 34"), (ResNet, dict(layers=[18]), "no number of layers [18]"), (ResNet, dict(layers='50'), "no number of layers '50'"),
-    (ResNet_vd, dict(layers=None), 'no number of layers None'), (ResNet_vd, dict(layer=18), "no argument of ResNet_vd 'layer'; did you mean 'layers'?"), (ResNet_vd, dict(in_channels='3'), 'ResNet_vd cannot be made'),
-    (MobileNetV3, dict(model_name='lagre'), "no model_name 'lagre'; did you mean 'large'?"), (MobileNetV3, dict(model_name=['large']), "no model_name ['large']"),
-    *[(MobileNetV3, dict(scale=s), 'scale: a number above 0 is wanted') for s in (0, -.5, math.nan, math.inf, True, '0.5', None)], (MobileNetV3, dict(scale=1e300), 'MobileNetV3'),
-    *[(PlainBackbone, dict(channels=c), 'channels: four numbers are wanted') for c in (None, 16, (16, 32), '1234')], (PlainBackbone, dict(channels=(16, 32, 'x', 64)), 'PlainBackbone cannot be made')]
+WHOLE,LIST = 'a whole number is wanted','channels: a list is wanted'
+BAD = [(ResNet_vd, dict(layers=20), "no number of layers 20; there are: 18, 34"), (ResNet, dict(layers=[18]), f"layers: {WHOLE}, not [18]"),
+    (ResNet, dict(layers='50'), f"layers: {WHOLE}, not '50'"), (ResNet_vd, dict(layers=None), f'layers: {WHOLE}, not None'),
+    (ResNet_vd, dict(layer=18), "no key of ResNet_vd 'layer'; did you mean 'layers'?"), (ResNet_vd, dict(in_channels='3'), f"in_channels: {WHOLE}, not '3'"),
+    (MobileNetV3, dict(model_name='lagre'), "no model_name 'lagre'; did you mean 'large'?"), (MobileNetV3, dict(model_name=['large']), 'model_name: text is wanted'),
+    *[(MobileNetV3, dict(scale=s), 'scale: a number above 0 is wanted') for s in (0, -.5)],
+    *[(MobileNetV3, dict(scale=s), 'scale: a number is wanted') for s in (math.nan, math.inf, True, 'half', None, 1e300)],
+    *[(PlainBackbone, dict(channels=c), LIST) for c in (None, 16, '1234')], (PlainBackbone, dict(channels=(16, 32)), 'channels: four numbers are wanted'),
+    (PlainBackbone, dict(channels=(16, 32, 'x', 64)), 'PlainBackbone cannot be made')]
 
 @pytest.mark.parametrize('cls,kwargs,says', BAD)
 def test_bad_arguments(cls, kwargs, says):
-    with pytest.raises(UserError) as e: construct(cls, kwargs, 'my.yml: Backbone')
-    assert str(e.value).startswith('my.yml: Backbone: ') and says in str(e.value) and '\n' not in str(e.value)
+    config = Config(dict(Backbone=kwargs))
+    config.path = 'my.yml'
+    with pytest.raises(UserError) as e: build(cls, Section(config, 'Backbone'))
+    assert str(e.value).startswith('my.yml: Backbone') and says in str(e.value) and '\n' not in str(e.value)
+
+def test_numbers_that_yaml_leaves_as_text():
+    config = Config(dict(Backbone=dict(scale='5e-1')))
+    assert build(MobileNetV3, Section(config, 'Backbone')).out_channels==MobileNetV3(scale=.5).out_channels
 
 def test_channels_of_plain_backbone():
     net = PlainBackbone(channels=[8, 8, 12, 20])

@@ -350,7 +350,7 @@ LONG = ['Global.epoch_num=3', 'Global.save_epoch_step=2', 'Global.eval_batch_ste
 
 def test_train_leaves_its_files(whole):
     run,r = whole
-    assert {o.name for o in run.iterdir()}=={'config.yml','train.log','latest.pth','best_accuracy.pth','iter_epoch_2.pth'}
+    assert {o.name for o in run.iterdir()}=={'config.yml','train.log','latest.pth','best_accuracy.pth','iter_epoch_2.pth','metrics.csv','summary.json','curves.png','pictures_eval.png'}
     log = (run/'train.log').read_text()
     assert re.search(r'epoch: \[3/3\], global_step: 24, lr: [\d.]+, .*dml_ctc_0: .*loss_sar_Teacher_1: .*loss: .*eta: 0:00:00', log) and 'best metric, acc: ' in log
     cfg = load_config(run/'config.yml')
@@ -404,3 +404,4 @@ def test_best_is_not_forgotten_by_a_resumed_run(whole, data, tmp_path):
     save_file(state, tmp_path/'latest.pth')
     learn = train(experiment(loaded(V3, data, tmp_path/'run', *LONG, f'Global.checkpoints={tmp_path}/latest')))
     assert learn.checkpoint.best==2. and not (tmp_path/'run'/'best_accuracy.pth').exists()
+    assert learn.summary['best'] is None and learn.summary['networks']['Student']['eval'] # no state was the best: the last one is measured

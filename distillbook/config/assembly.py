@@ -276,12 +276,19 @@ def build_learner(
     return learner(experiment(config))
 
 # %% ../../nbs/config/09_assembly.ipynb #32e3d83c
+def _without_cache(arch):
+    "An architecture that keeps no answers: to be looked at, it writes nothing"
+    if not isinstance(arch.get('Models'), dict): return arch
+    def plain(part): return {**part, 'cache': None} if isinstance(part, dict) and part.get('cache') else part
+    return {**arch, 'Models': {name: plain(part) for name,part in arch['Models'].items()}}
+
 def outline(
     config:dict, # From `load_config`
 )->Experiment: # With a made batch as `example`, and no data
     "Networks and terms, to be looked at"
     config = usable(config)
-    whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None})
+    arch = _without_cache(config['Architecture'])
+    whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None}, Architecture=arch)
     exp = Experiment(nets=as_nets(build_model(whole)), terms=build_terms(config), dls=None, sources=sources_of(config),
         example=example_batch(config))
     exp.pictures = Pictures(task=task(config), cost_shape=_picture_shape(config))

@@ -565,7 +565,7 @@ def finish(
 )->dict: # The summary
     "Load the best state back, measure and draw it, and write what a run leaves at its end"
     folder,indicator = Path(exp.run.folder),exp.metric.main_indicator
-    best = load_state(exp.nets, learn.checkpoint.best_file)
+    best = load_state(exp.nets, learn.checkpoint.best_file) if learn.checkpoint.best_file.exists() else None
     with timed(seconds, 'evaluate'):
         sets = evaluate_sets(exp)
         rows = _network_rows(exp, sets)
@@ -573,7 +573,9 @@ def finish(
         evaluations = read_metrics(folder/'metrics.csv')
         save_figure(plot_curves(learn.parts(), evaluations, indicator), folder/'curves.png')
         for name,dl in exp.evals.items(): draw_set(exp, name, dl)
-    best = dict(indicator=indicator, value=best['metrics'][indicator], epoch=best['epoch']+1, step=best['step'])
+    if best:
+        value = best['metrics'][indicator]
+        best = dict(indicator=indicator, value=value, epoch=best['epoch']+1, step=best['step'])
     machine = _machine(device_for(exp.run))
     summary = dict(networks=rows, best=best, seconds=seconds, samples=_sizes(exp), machine=machine)
     with write_beside(folder/'summary.json') as tmp: tmp.write_text(json.dumps(summary, indent=1), encoding='utf-8')
