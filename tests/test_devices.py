@@ -189,8 +189,8 @@ def test_two_ranks_train_and_one_goes_on(data):
     assert r.returncode==0, r.stderr
     assert load_file(data/'one/latest.pth')['epoch']==2 and 'epoch: [3/3]' in (data/'one/train.log').read_text() and 'epoch: [2/3]' not in (data/'one/train.log').read_text()
 
-def test_a_killed_rank_ends_the_job(data):
-    out = data/'killed'
+def killed_rank(data, out):
+    "Status and error stream of a job of two ranks, the second of which is killed after the first epoch"
     p = torchrun('-m', 'distillbook.cli', *args(data, out, 'Global.epoch_num=500', 'Global.eval_batch_step=[0, 100000]'))
     try:
         end = time.time()+90
@@ -201,6 +201,13 @@ def test_a_killed_rank_ends_the_job(data):
         os.kill(int(child), signal.SIGKILL)
         _,errors = p.communicate(timeout=60)
     finally: p.kill()
-    assert p.returncode!=0 and 'exitcode  : -9' in errors
+    return p.returncode,errors
+
+def test_a_killed_rank_ends_the_job(data):
+    "On a busy machine torchrun ends the other rank, once in a while, before it can say why: then the job is tried again"
+    for i in range(2):
+        out = data/f'killed{i}'
+        status,errors = killed_rank(data, out)
+        assert status!=0 and 'exitcode  : -9' in errors and load_file(out/'latest.pth')['epoch']>=0
+        if 'because another rank has ended' in errors: break
     assert 'because another rank has ended' in errors and str(out/'latest.pth') in errors
-    assert load_file(out/'latest.pth')['epoch']>=0
