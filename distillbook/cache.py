@@ -194,7 +194,7 @@ class CachedNet(nn.Module):
     ):
         if self.training: raise UserError("a CachedNet must be frozen: put its name into `frozen`")
         kwargs = dict(whole=bool(whole)) if self.asks_whole else {}
-        keys = [digest(o, ' whole'*kwargs.get('whole', False)) for o in x]
+        keys = [digest(o, ' whole'*kwargs.get('whole', False)) for o in x.detach().cpu()]
         rows = self._rows(keys, x, kwargs)
         stacked = {name: np.stack([rows[k][name] for k in keys]) for name in rows[keys[0]]}
         return joined({name: torch.from_numpy(v).to(x.device) for name,v in stacked.items()})

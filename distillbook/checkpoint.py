@@ -177,8 +177,8 @@ def take_up(
     "Everything but the random generators as it was"
     device,nets = next(learn.model.parameters()).device,get_model(learn.model)
     nets.load_state_dict({**nets.state_dict(), **state['model']})
-    of_fastai = hasattr(learn.opt, 'fwd_map') # Otherwise PyTorch's in an `OptimWrapper`
-    learn.opt.load_state_dict(state['opt'] if of_fastai else to_device(state['opt'], device))
+    of_pytorch = hasattr(learn.opt, 'fwd_map') # In an `OptimWrapper`, and it looks after the device itself
+    learn.opt.load_state_dict(state['opt'] if of_pytorch else to_device(state['opt'], device))
     for p,g in zip(_params(learn), state['grads']):
         p.grad = torch.zeros_like(p) if isinstance(g, int) else to_device(g, device)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])

@@ -1,4 +1,4 @@
-"""Reference. The same `distillbook train` on two processes or two thousand: one batch cut into parts, gradients averaged, counts added up.
+"""Reference. One GPU, and how to test for it without one; then two processes or two thousand: one batch cut into parts.
 
 Docs: https://distillbook.github.io/distillbook/learning/devices.html.md"""
 

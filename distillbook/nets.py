@@ -109,12 +109,12 @@ def _precision(self:Nets, name, xb):
     return torch.autocast(device, torch.bfloat16) if name in self.bf16 else nullcontext()
 
 def _float32(o):
-    "bfloat16 to float32 in whatever a network returns"
+    "Sixteen bits to float32 in whatever a network returns"
     if isinstance(o, dict): return {k: _float32(v) for k,v in o.items()}
     if isinstance(o, (tuple,list)):
         items = [_float32(v) for v in o]
         return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
-    return o.float() if isinstance(o, Tensor) and o.dtype==torch.bfloat16 else o
+    return o.float() if isinstance(o, Tensor) and o.dtype in (torch.bfloat16, torch.float16) else o
 
 # %% ../nbs/learning/02_nets.ipynb #dd9e5062
 @patch
@@ -218,7 +218,7 @@ def tap(self:Nets, address:str, outs:dict):
 @patch
 def find(self:Nets, address:str, outs:dict):
     "What stands at `address` in the taps or in the outputs of a batch"
-    if address in self.taps: return self.taps[address]
+    if address in self.taps: return _float32(self.taps[address])
     if not self.is_output(address, outs): raise UserError(f"the module {address} did not run in this batch")
     return look_up(outs, address)
 
@@ -259,4 +259,4 @@ def add_projector(self:Nets, name:str, src, dst):
 def project(self:Nets, name:str, x:Tensor, like:Tensor):
     "`x` in the shape of `like` by the projector called `name`, or `x` itself where there is none"
     ps = self._modules['_projectors']._modules if '_projectors' in self._modules else {}
-    return ps[name](x, like) if name in ps else x
+    return ps[name](x, like).float() if name in ps else x

@@ -8,7 +8,7 @@
 Whatever Python asks of PyTorch passes `__torch_function__`. There a tensor on the pretended GPU (`OnGPU`) looks at its company; its numbers are those of an ordinary CPU tensor, so that a whole operation (a layer,
 an LSTM, CTC, a loss, all of `backward`) runs in one piece and as quickly as ever. A mode sees to what has no such tensor in it: `x.to('cuda')`, `torch.zeros(3, device='cuda')`. `torch.cuda` answers as on a machine with one card,
 and `autocast('cuda')` casts as the CPU's does. It cannot show what happens inside PyTorch: streams, graphs, kernels, memory; nor that a GPU has random numbers of its own."""
-import contextlib, importlib, types
+import contextlib, types
 from unittest.mock import patch
 import torch
 from torch import nn
@@ -20,11 +20,14 @@ NO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() t
 T = torch.Tensor
 
 def _as(x, cls):
-    with torch._C.DisableTorchFunction(): return x.as_subclass(cls)
+    with torch._C.DisableTorchFunction(): return T.as_subclass(x, cls)
 
 def on_gpu(x):
-    "A tensor, or those in a tuple or list, on the pretended GPU"
-    if isinstance(x, T): return x if isinstance(x, OnGPU) else _as(x, OnGPU)
+    "A new tensor, or those in a tuple or list, on the pretended GPU"
+    if isinstance(x, T):
+        if isinstance(x, nn.Parameter): x._is_param = True
+        x.__class__ = OnGPU
+        return x
     return type(x)(map(on_gpu, x)) if isinstance(x, (tuple,list)) else x
 
 def plain(x): return _as(x, T) if isinstance(x, OnGPU) else x
@@ -38,8 +41,7 @@ def tensors(o):
         for v in o: yield from tensors(v)
     elif isinstance(o, dict): yield from tensors(list(o.values()))
 
-ANYWHERE = {T.copy_, T.view_as, T.expand_as, T.reshape_as, T.as_subclass, torch.is_same_size, torch.ctc_loss, nn.functional.ctc_loss} # Lengths may be on the CPU
-GRAD = T.grad.__get__
+ANYWHERE = {T.copy_, T.view_as, T.expand_as, T.reshape_as, torch.is_same_size, torch.ctc_loss, nn.functional.ctc_loss} # Lengths may be on the CPU
 STRICT = {torch.stack, torch.cat, torch.lerp, T.lerp, T.lerp_, torch.addcmul, T.addcmul, T.addcmul_, torch.addcdiv, T.addcdiv, T.addcdiv_} # Here a CPU tensor that is one number is not a number
 
 def check(func, args, kwargs):
@@ -60,13 +62,9 @@ class OnGPU(T):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is T.as_subclass: return args[0] # fastai's classes are not kept
         check(func, args, kwargs)
         with torch._C.DisableTorchFunction(): res = func(*args, **kwargs)
         if func in ANYWHERE and not isinstance(args[0], OnGPU): return res
-        if func==GRAD and res is not None and not isinstance(res, OnGPU):
-            res = on_gpu(res)
-            with torch._C.DisableTorchFunction(): args[0].grad = res # The same one next time
         return on_gpu(res)
 
     @property
@@ -76,6 +74,7 @@ class OnGPU(T):
     @property
     def is_cpu(self): return not self.is_cuda
     def get_device(self): return 0
+    def as_subclass(self, cls): return self # fastai's classes are not kept
     def numpy(self, *args, **kwargs): raise TypeError(NO_NUMPY)
     def __array__(self, *args, **kwargs): raise TypeError(NO_NUMPY)
     def __deepcopy__(self, memo):
@@ -106,7 +105,7 @@ def to(x, *args, **kwargs):
     new = old.to('cpu' if device is None or there else device, *more, **kwargs)
     if there==here and new is old: return x
     if there!=here and new is old: new = old.clone()
-    return on_gpu(new) if there else _as(new, T)
+    return on_gpu(new) if there else new
 
 def pin_memory(x, *args, **kwargs):
     if isinstance(x, OnGPU): raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
@@ -159,9 +158,13 @@ def _load(load):
     return loaded
 
 def _autocast(init):
-    def on_the_cpu(self, device_type, *args, **kwargs): init(self, 'cpu' if device_type=='cuda' else device_type, *args, **kwargs)
+    "That of the CPU, which has no LSTM in float16"
+    def on_the_cpu(self, device_type, dtype=None, *args, **kwargs):
+        if device_type=='cuda': device_type,dtype = 'cpu',torch.bfloat16
+        init(self, device_type, dtype, *args, **kwargs)
     return on_the_cpu
 
+STREAM = types.SimpleNamespace(is_capturing=lambda: False)
 PROPERTIES = types.SimpleNamespace(name=NAME, total_memory=80*2**30, major=9, minor=0, multi_processor_count=132)
 ANSWERS = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, get_device_name=NAME, get_device_properties=PROPERTIES, get_device_capability=(9,0), mem_get_info=(70*2**30,80*2**30),
     memory_allocated=0, max_memory_allocated=0, memory_reserved=0, max_memory_reserved=0, is_current_stream_capturing=False, _is_in_bad_fork=False, **dict.fromkeys('_lazy_init init set_device synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all set_rng_state set_rng_state_all'.split()))
@@ -178,7 +181,7 @@ def pretend_gpu():
         change(torch.cuda, 'get_rng_state', lambda *args: torch.zeros(16, dtype=torch.uint8))
         change(torch.cuda, 'get_rng_state_all', lambda: [torch.zeros(16, dtype=torch.uint8)])
         change(torch.backends.cudnn, 'is_acceptable', _always(False))
-        for name,value in dict(current_device_index=0, set_device_index=None, synchronize=None).items(): change(getattr(torch, 'accelerator', None), name, _always(value))
+        for name,value in dict(current_device_index=0, set_device_index=None, synchronize=None, current_stream=STREAM).items(): change(getattr(torch, 'accelerator', None), name, _always(value))
         change(torch.amp.autocast_mode.autocast, '__init__', _autocast(torch.amp.autocast_mode.autocast.__init__))
         change(torch, 'load', _load(torch.load))
         change(nn.Module, '_apply', _apply)

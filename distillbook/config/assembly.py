@@ -60,10 +60,9 @@ def run_settings(
     resume = g.read('checkpoints', str, None)
     with g.blame('checkpoints'): resume = existing(resume, ('.pth','')) if resume else None
     basics = dict(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, 1024, least=0),
-        threads=g.read('threads', int, None, least=1))
-    device = 'cpu' if g.get('use_gpu') is False else None
+        threads=g.read('threads', int, None, least=1), device=_device(g))
     precision = _precision(g)
-    return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
+    return Run(**basics, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
         save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')),
@@ -82,6 +81,8 @@ def _folder(g): return Path(g.read('save_model_dir', str, None) or 'output')
 def _epochs(g):
     if g.get('epoch_num') is None: raise g.refuse("how many epochs?", 'epoch_num')
     return g.read('epoch_num', int, least=1)
+
+def _device(g): return {None: None, False: 'cpu', True: 'cuda'}[g.read('use_gpu', bool, None)]
 
 def _precision(g):
     if not g.get('use_amp'): return None
@@ -249,8 +250,7 @@ def ready_networks(
     config = usable(config)
     model = model_with_weights(config)
     g = Section(config, 'Global')
-    run = Run(folder=_folder(g), device='cpu' if g.get('use_gpu') is False else None, resume=_weights_path(g),
-        config=dict(config))
+    run = Run(folder=_folder(g), device=_device(g), resume=_weights_path(g), config=dict(config))
     decoder = build_decoder(config)
     metric = build_metric(config) if evals else None
     eval_sets = build_evals(config) if evals else {}

@@ -215,13 +215,17 @@ def _batches(self:SampleDL):
 
 # %% ../../nbs/data/04_loader.ipynb #b98e49c3
 @patch
+def moved(self:SampleDL, o):
+    "Tensors on the device; lists of polygons stay where they are counted"
+    return o if self.device is None or isinstance(o, list) else to_device(o, self.device)
+
+@patch
 def __iter__(self:SampleDL):
     seen,columns = 0,np.zeros(2, int)
     for batch,more in self._batches():
         seen,columns = seen+1,columns+more
         self.pixel_columns = tuple(columns.tolist())
-        batch = tuple(batch) if self.device is None else to_device(tuple(batch), self.device)
-        yield self.after_batch(batch)
+        yield self.after_batch(tuple(self.moved(o) for o in batch))
     if not seen and not self.skip:
         raise UserError(f"none of {len(self.dataset)} lines can be used; the last: {[*self.faults][-1]}")
     self.set_epoch(self.dataset.epoch+1)

@@ -6,10 +6,11 @@ Docs: https://distillbook.github.io/distillbook/use/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'highest', 'Accuracy', 'NetMetrics', 'by_network', 'device_of', 'same_random', 'at_rest', 'evaluate', 'fitting',
-           'first_batch', 'say_faults', 'ms_per_image', 'asked_anew']
+           'NotEnoughMemory', 'out_of_memory', 'enough_memory', 'first_batch', 'say_faults', 'ms_per_image',
+           'asked_anew']
 
 # %% ../../nbs/use/02b_evaluation.ipynb #3ac5bcad
-import logging, time
+import logging, re, time
 from contextlib import contextmanager
 from itertools import chain
 import torch
@@ -135,11 +136,39 @@ def fitting(
 ):
     "Errors inside become a `UserError` that names what was tried"
     try: yield
-    except UserError: raise
+    except (UserError, torch.OutOfMemoryError): raise
     except Exception as e:
         where = ', '.join([str(what), *getattr(e, '__notes__', [])])
         why = f'{type(e).__name__}: {e}'
         raise UserError(f"{where} fails: networks, inputs and decoder do not fit together: {why}") from e
+
+# %% ../../nbs/use/02b_evaluation.ipynb #3b3094bf
+class NotEnoughMemory(UserError): "A GPU's memory does not suffice"
+
+def out_of_memory(e):
+    "The error that said so: `e`, or what it came from; None if there is none"
+    while e is not None and not isinstance(e, torch.OutOfMemoryError): e = e.__cause__
+    return e
+
+@contextmanager
+def enough_memory(
+    dl, # The loader whose batches are computed
+    key:str, # What says how large they are, for the message
+    more:str='', # What else helps
+):
+    "An error for want of a GPU's memory becomes a line that says what to try"
+    try: yield
+    except NotEnoughMemory: raise
+    except Exception as e:
+        if (found := out_of_memory(e)) is None: raise
+        bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
+        batches = f'batches of {bs}{_amount(found)}'
+        raise NotEnoughMemory(f"the GPU's memory is not enough for {batches}: try {key}={max(1, bs//2)}{more}") from e
+
+def _amount(error):
+    "What PyTorch says that it could not get"
+    found = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.IGNORECASE)
+    return f' (PyTorch {found[0][0].lower()}{found[0][1:]})' if found else ''
 
 # %% ../../nbs/use/02b_evaluation.ipynb #7be05140
 def first_batch(
@@ -181,7 +210,7 @@ def _seconds(net, x):
     with asked_anew(net):
         start = time.perf_counter()
         net(x)
-        if x.is_cuda: torch.cuda.synchronize()
+        if x.is_cuda: torch.cuda.synchronize(x.device)
         return time.perf_counter()-start
 
 @contextmanager

@@ -77,7 +77,7 @@ def _remap_sar(m, old, new, begin):
             f"for {len(old.chars)} characters and three signs")
     old_rows = [None if i is None else i-1 for i in _old_classes(old, new)] + [a.unknown, a.start, a.pad]
     chars = slice(0, a.unknown)
-    table = nn.Embedding(len(b), m.embedding.embedding_dim, padding_idx=b.pad)
+    table = nn.Embedding(len(b), m.embedding.embedding_dim, padding_idx=b.pad, device=rows.device)
     table.weight.data = remap_rows(rows, _fresh(rows[chars], table.weight, begin), old_rows)
     m.embedding,m.prediction = table,_other_rows(m.prediction, len(b)-1, old_rows[:-1], begin, chars)
     m.start,m.pad = b.start,b.pad
