@@ -1,4 +1,4 @@
-"""Reference. One GPU, and how to test for it without one; then two processes or two thousand: one batch cut into parts.
+"""Reference. One GPU, and how to test for it without one; then many: a batch cut, gradients averaged.
 
 Docs: https://distillbook.github.io/distillbook/learning/devices.html.md"""
 

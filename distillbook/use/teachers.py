@@ -88,6 +88,14 @@ class OnnxNet(nn.Module):
         self.__dict__.update(state)
         self.start()
 
+# %% ../../nbs/use/02_teachers.ipynb #5d2c7a02
+@patch
+def get_extra_state(self:OnnxNet): return hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
+
+@patch
+def set_extra_state(self:OnnxNet, state):
+    if state!=self.get_extra_state(): raise UserError(f"{self.path} is not the file that the state is of")
+
 # %% ../../nbs/use/02_teachers.ipynb #59f4e2bb
 @patch
 def follow(self:OnnxNet,
