@@ -19,8 +19,11 @@ MIXED = 'Expected all tensors to be on the same device, but found at least two d
 NO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
 T = torch.Tensor
 
-def _as(x, cls):
-    with torch._C.DisableTorchFunction(): return T.as_subclass(x, cls)
+AS_SUBCLASS = T.as_subclass
+
+def plain(x):
+    "The numbers of a tensor"
+    with torch._C.DisableTorchFunction(): return AS_SUBCLASS(x, T) if isinstance(x, OnGPU) else x
 
 def on_gpu(x):
     "A new tensor, or those in a tuple or list, on the pretended GPU"
@@ -29,8 +32,6 @@ def on_gpu(x):
         x.__class__ = OnGPU
         return x
     return type(x)(map(on_gpu, x)) if isinstance(x, (tuple,list)) else x
-
-def plain(x): return _as(x, T) if isinstance(x, OnGPU) else x
 
 def is_gpu(device): return (device.type if isinstance(device, torch.device) else str(device)).partition(':')[0]=='cuda'
 
@@ -111,7 +112,7 @@ def pin_memory(x, *args, **kwargs):
     if isinstance(x, OnGPU): raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     return x
 
-MOVES = {T.to: to, T.cuda: lambda x,*args,**kwargs: to(x, CUDA), T.cpu: lambda x,**kwargs: to(x, 'cpu'), T.type_as: lambda x,o: to(x, o), T.pin_memory: pin_memory}
+MOVES = {T.to: to, T.cuda: lambda x,*args,**kwargs: to(x, CUDA), T.cpu: lambda x,**kwargs: to(x, 'cpu'), T.type_as: lambda x,o: to(x, o)}
 
 class Machine(TorchFunctionMode):
     "Moves, and tensors that are made on the GPU"
@@ -119,7 +120,7 @@ class Machine(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in MOVES: return MOVES[func](*args, **kwargs)
         device = kwargs.get('device')
-        if device is None: return func(*args, **kwargs)
+        if device is None or func is torch._C._nn._parse_to: return func(*args, **kwargs)
         if not is_gpu(device) and type(device) is not int: return self.off_gpu(func(*args, **kwargs))
         if kwargs.get('generator') is not None: raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         learns = kwargs.pop('requires_grad', False)
@@ -143,7 +144,7 @@ def _apply(self, fn, recurse=True):
 def _relocate(p, new, grad):
     with torch._C.DisableTorchFunction():
         p.grad = None
-        p.data = _as(new, T).detach()
+        p.data = plain(new).detach()
         p.__class__ = OnGPU if isinstance(new, OnGPU) else nn.Parameter
         if isinstance(new, OnGPU): p._is_param = True
         p.grad = grad
@@ -183,6 +184,8 @@ def pretend_gpu():
         change(torch.backends.cudnn, 'is_acceptable', _always(False))
         for name,value in dict(current_device_index=0, set_device_index=None, synchronize=None, current_stream=STREAM).items(): change(getattr(torch, 'accelerator', None), name, _always(value))
         change(torch.amp.autocast_mode.autocast, '__init__', _autocast(torch.amp.autocast_mode.autocast.__init__))
+        change(T, 'as_subclass', lambda x,cls: x if cls is OnGPU else AS_SUBCLASS(x, cls)) # fastai gives a result the class of what it was made of, here a place
+        change(T, 'pin_memory', pin_memory) # Also in a loader's thread, where there is no mode
         change(torch, 'load', _load(torch.load))
         change(nn.Module, '_apply', _apply)
         stack.enter_context(Machine())
