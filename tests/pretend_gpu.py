@@ -165,10 +165,20 @@ def _autocast(init):
         init(self, device_type, dtype, *args, **kwargs)
     return on_the_cpu
 
-STREAM = types.SimpleNamespace(is_capturing=lambda: False)
+class Stream:
+    "A queue of operations: here each is done at once"
+    def __init__(self, *args, **kwargs): pass
+    def is_capturing(self): return False
+    def query(self): return True
+    def elapsed_time(self, end): return 0.
+    def wait_stream(self, other=None): pass
+    record = wait = synchronize = record_event = wait_event = wait_stream
+
+def no_graph(*args, **kwargs): raise RuntimeError('a pretended GPU records no graphs')
+
 PROPERTIES = types.SimpleNamespace(name=NAME, total_memory=80*2**30, major=9, minor=0, multi_processor_count=132)
 ANSWERS = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, get_device_name=NAME, get_device_properties=PROPERTIES, get_device_capability=(9,0), mem_get_info=(70*2**30,80*2**30),
-    memory_allocated=0, max_memory_allocated=0, memory_reserved=0, max_memory_reserved=0, is_current_stream_capturing=False, _is_in_bad_fork=False, **dict.fromkeys('_lazy_init init set_device synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all set_rng_state set_rng_state_all'.split()))
+    memory_allocated=0, max_memory_allocated=0, memory_reserved=0, max_memory_reserved=0, is_current_stream_capturing=False, _is_in_bad_fork=False, get_sync_debug_mode=0, current_stream=Stream(), default_stream=Stream(), stream=contextlib.nullcontext(), **dict.fromkeys('_lazy_init init set_device synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all set_rng_state set_rng_state_all set_sync_debug_mode'.split()))
 
 def _always(value): return lambda *args, **kwargs: value
 
@@ -181,8 +191,10 @@ def pretend_gpu():
         for name,value in ANSWERS.items(): change(torch.cuda, name, _always(value))
         change(torch.cuda, 'get_rng_state', lambda *args: torch.zeros(16, dtype=torch.uint8))
         change(torch.cuda, 'get_rng_state_all', lambda: [torch.zeros(16, dtype=torch.uint8)])
+        for name,value in dict(Stream=Stream, Event=Stream, CUDAGraph=no_graph).items(): change(torch.cuda, name, value)
+        change(T, 'record_stream', _always(None))
         change(torch.backends.cudnn, 'is_acceptable', _always(False))
-        for name,value in dict(current_device_index=0, set_device_index=None, synchronize=None, current_stream=STREAM).items(): change(getattr(torch, 'accelerator', None), name, _always(value))
+        for name,value in dict(current_device_index=0, set_device_index=None, synchronize=None, current_stream=Stream()).items(): change(getattr(torch, 'accelerator', None), name, _always(value))
         change(torch.amp.autocast_mode.autocast, '__init__', _autocast(torch.amp.autocast_mode.autocast.__init__))
         change(T, 'as_subclass', lambda x,cls: x if cls is OnGPU else AS_SUBCLASS(x, cls)) # fastai gives a result the class of what it was made of, here a place
         change(T, 'pin_memory', pin_memory) # Also in a loader's thread, where there is no mode
