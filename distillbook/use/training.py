@@ -194,7 +194,7 @@ def line(self:LogLines, step):
 def numbers(self:LogLines)->dict:
     "The median of each term, and the metric on this batch if that is wanted"
     rows = [torch.stack([o.float().reshape(()) for o in row.values()]) for row in self.recent]
-    medians = dict(zip(self.recent[-1], torch.stack(rows).double().cpu().numpy().median(0)))
+    medians = dict(zip(self.recent[-1], np.median(torch.stack(rows).double().cpu(), 0)))
     return {**(self.score(self.pred, self.xb[:1]+tuple(self.yb)) if self.score else {}), **medians}
 
 # %% ../../nbs/use/03_training.ipynb #fa8fa1d2
