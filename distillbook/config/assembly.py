@@ -62,6 +62,7 @@ def run_settings(
     basics = dict(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, 1024, least=0),
         threads=g.read('threads', int, None, least=1), device=_device(g))
     precision = _precision(g)
+    basics['compile'] = g.read('compile', bool, None)
     return Run(**basics, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),

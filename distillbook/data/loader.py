@@ -215,20 +215,30 @@ def _batches(self:SampleDL):
 
 # %% ../../nbs/data/04_loader.ipynb #b98e49c3
 @patch
-def moved(self:SampleDL, o):
-    "Tensors on the device; lists of polygons stay where they are counted"
-    return o if self.device is None or isinstance(o, list) else to_device(o, self.device)
-
-@patch
 def __iter__(self:SampleDL):
     seen,columns = 0,np.zeros(2, int)
     for batch,more in self._batches():
         seen,columns = seen+1,columns+more
         self.pixel_columns = tuple(columns.tolist())
-        yield self.after_batch(tuple(self.moved(o) for o in batch))
+        batch = tuple(batch) if self.device is None else self._moved(tuple(batch))
+        yield self.after_batch(batch)
     if not seen and not self.skip:
         raise UserError(f"none of {len(self.dataset)} lines can be used; the last: {[*self.faults][-1]}")
     self.set_epoch(self.dataset.epoch+1)
+
+# %% ../../nbs/data/04_loader.ipynb #3562ecb1
+@patch
+def _moved(self:SampleDL, batch):
+    "A batch on the loader's device; lists of polygons stay where they are counted"
+    def move(o, **how): return o if isinstance(o, list) else to_device(o, self.device, **how)
+    if torch.device(self.device).type!='cuda': return tuple(map(move, batch))
+    if not hasattr(self, '_copies'): self._copies = torch.cuda.Stream(self.device)
+    with torch.cuda.stream(self._copies): batch = tuple(move(o, non_blocking=True) for o in batch)
+    now = torch.cuda.current_stream(self.device)
+    now.wait_stream(self._copies)
+    for o in batch:
+        if isinstance(o, torch.Tensor): o.record_stream(now)
+    return batch
 
 # %% ../../nbs/data/04_loader.ipynb #3f3b69fa
 def sample_dls(
