@@ -138,7 +138,7 @@ class NRTRHead(nn.Module):
         self.positional_encoding = Places(nrtr_dim, drop)
         self.decoder = nn.ModuleList(WritingBlock(nrtr_dim, nrtr_dim//32, drop) for _ in range(num_decoder_layers))
         self.tgt_word_prj = nn.Linear(nrtr_dim, n, bias=False)
-        self.apply(init_transformer)
+        for part in (self.embedding, self.decoder, self.tgt_word_prj): part.apply(init_transformer)
 
 def init_transformer(layer):
     "Initial weights as Paddle draws them for this head"
@@ -172,7 +172,6 @@ def teach(self:NRTRHead,
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #8db372c4
 @patch
-@torch.no_grad()
 def write(self:NRTRHead,
     memory, # Columns [N,T,nrtr_dim]
 )->tuple: # Probabilities [N,l,classes], and where each looked [N,l,T]; `l` is `max_text_length-1` at most

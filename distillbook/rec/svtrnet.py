@@ -187,7 +187,7 @@ def _check_stages(img_size, depth, mixer, of_stages):
 @patch
 def _add_stages(self:SVTRNet, dims, depth, heads, mixer, windows, merging, drop_path, settings, attention):
     "Three stages of blocks, and what halves the rows between them"
-    rates = torch.linspace(0, drop_path, sum(depth)).tolist()
+    rates = [drop_path*i/max(sum(depth)-1, 1) for i in range(sum(depth))]
     for s,size in enumerate(self.sizes):
         if s: self.add_module(f'sub_sample{s}', SubSample(dims[s-1], dims[s], self.sizes[s-1], merging))
         blocks = nn.ModuleList()
