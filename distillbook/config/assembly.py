@@ -27,7 +27,7 @@ from .data import build_dl, build_evals, eval_sides, picture_operations
 from .evaluation import build_decoder, build_metric
 from .losses import build_terms, target_places
 from .networks import build_model, build_networks, characters, existing, folder_of, _is_there
-from .networks import load_into, net_names, task
+from .networks import left_behind, load_into, net_names, task
 from .optimizer import build_optimizer, lr_schedule
 from .values import Config, Section
 from ..det.operations import NormalizeImage
@@ -162,14 +162,10 @@ def usable(
 
 def fresh(
     config:Config, # From `load_config`
-)->Config: # The same, without `checkpoints` that only this run itself will write
-    "A configuration that begins where there is nothing to go on with"
+)->Config: # The same, without `checkpoints` that nobody has
+    "A configuration that begins anew where PaddleOCR's authors have left the name of a run of their own"
     g = Section(config).section('Global')
-    path,folder = g.get('checkpoints'),_folder(g)
-    if not isinstance(path, str) or not Path(path).is_relative_to(folder): return config
-    if folder.is_dir() and any(folder.rglob('*.p*')): return config
-    log.info("%s: %s has nothing yet to go on with (PaddleOCR stops there); the run begins anew",
-        g.place('checkpoints'), folder)
+    if not left_behind(g, 'checkpoints'): return config
     return Config(config).copy_with(Global={**g.values, 'checkpoints': None})
 
 # %% ../../nbs/config/09_assembly.ipynb #35267aa2

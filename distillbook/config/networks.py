@@ -7,10 +7,10 @@ Docs: https://distillbook.github.io/distillbook/config/networks.html.md"""
 # %% auto #0
 __all__ = ['log', 'TASKS', 'NET_KEYS', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'EXTRA_KEYS', 'LEFT_BEHIND', 'say_once', 'existing',
            'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'build_rec', 'build_det', 'build_network',
-           'load_into', 'as_released', 'DistillationModel', 'build_networks', 'build_model']
+           'load_into', 'as_released', 'DistillationModel', 'build_networks', 'left_behind', 'build_model']
 
 # %% ../../nbs/config/03_networks.ipynb #f7dbdfef
-import copy, hashlib, logging
+import copy, glob, hashlib, logging
 from functools import lru_cache
 from pathlib import Path
 from torch import nn, Tensor
@@ -430,7 +430,19 @@ def build_networks(
     return model
 
 # %% ../../nbs/config/03_networks.ipynb #b5978685
-LEFT_BEHIND = 'refactor', # In en_PP-OCRv4_rec.yml of release 2.7
+# Names of files in PaddleOCR's configurations that only their authors had: in en_PP-OCRv4_rec.yml of release 2.7, and in
+# ch_PP-OCRv4_rec_distillation.yml
+LEFT_BEHIND = 'refactor','output/rec_dkd_400w_svtr_ctc_lcnet_blank_dkd0.1/latest'
+
+def left_behind(
+    g:Section, key:str, # `Global`, and a key of it that names weights
+)->bool:
+    "Is this a name of `LEFT_BEHIND`, and is there nothing under it?"
+    path = g.get(key)
+    if not isinstance(path, str) or str(Path(path)) not in LEFT_BEHIND or glob.glob(f'{glob.escape(path)}*'):
+        return False
+    say_once(f"{g.place(key)}: {path} is a file that only PaddleOCR's authors had; the networks begin anew")
+    return True
 
 def build_model(
     config:dict, # The whole configuration
@@ -438,10 +450,7 @@ def build_model(
     "The networks of `Architecture`, with the weights that the configuration names"
     g = Section(config).maybe('Global')
     path = g.read('pretrained_model', str, None)
-    if path in LEFT_BEHIND and not _is_there(Path(path)):
-        say_once(f"{g.place('pretrained_model')}: {path!r} is a name that PaddleOCR's authors left behind, of no file "
-            "that anybody has; the networks begin anew")
-        path = None
+    if left_behind(g, 'pretrained_model'): path = None
     if path and g.get('pretrained_dict_path'): return _remapped(config, path)
     model = build_networks(config)
     with g.blame('pretrained_model'):
