@@ -66,8 +66,8 @@ def run_settings(
     return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
-        save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')),
-        config=_saved(config))
+        save_epochs=g.read('save_epoch_step', int, None, least=1),
+        score_batches=bool(g.get('cal_metric_during_train')) and task(config)!='det', config=_saved(config))
 
 def _saved(config):
     "What `config.yml` holds: dictionaries beside the file of the configuration have their whole path"
