@@ -482,6 +482,7 @@ def _yaml_files(name):
     if not found: raise UserError(f"{name}: no .yml or .yaml in this folder")
     return found
 
+# %% ../nbs/use/08_cli.ipynb #01d9f403
 def _show_reports(rows):
     for r in rows:
         for o in r['refusals']: say(o['message'])

@@ -7,7 +7,7 @@ Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 # %% auto #0
 __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'LOSS_KEYS', 'LOSS_NAMES', 'keep_keys',
            'target_places', 'many_heads', 'has_many_heads', 'Rows', 'pairs_of', 'ctc_row', 'sar_row', 'nrtr_row',
-           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'check_main_loss', 'looks_twice', 'db_row',
+           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'looks_twice', 'check_main_loss', 'db_row',
            'dila_row', 'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row',
            'row_terms', 'build_terms', 'build_loss']
 
@@ -206,11 +206,6 @@ def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_h
 # %% ../../nbs/config/04_losses.ipynb #8f0ef7a8
 SHRINK,THRESHOLD = ['shrink_map','shrink_mask'],['threshold_map','threshold_mask']
 
-def check_main_loss(name):
-    "A loss of the shrink map by its name"
-    known = [*MAP_LOSSES, *PIXEL_LOSSES]
-    if name not in known: raise unknown('main loss', name, known, 'main_loss_type')
-
 def looks_twice(
     config:dict, net:str, # The whole configuration, and one of its networks
 )->bool:
@@ -222,6 +217,12 @@ def looks_twice(
     head = part.get('Head') if isinstance(part, dict) else None
     name = head.get('name') if isinstance(head, dict) else None
     return bool(getattr(HEADS['det'].get(str(name)), 'looks_twice', False))
+
+# %% ../../nbs/config/04_losses.ipynb #fada6db5
+def check_main_loss(name):
+    "A loss of the shrink map by its name"
+    known = [*MAP_LOSSES, *PIXEL_LOSSES]
+    if name not in known: raise unknown('main loss', name, known, 'main_loss_type')
 
 def _db_terms(rows, net, key, name, balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps):
     check_main_loss(main_loss_type)

@@ -35,7 +35,8 @@ def scale_sizes(
     by_w,by_h = _pair('divided_factor', divided_factor)
     pairs = [_pair('scales', o) for o in scales]
     rounded = [(w//by_w*by_w, h//by_h*by_h) for w,h in pairs]
-    if any(0 in o for o in rounded): raise UserError(f"scales: {scales} has a side below divided_factor {divided_factor}")
+    if any(0 in o for o in rounded):
+        raise UserError(f"scales: {scales} has a side below divided_factor {divided_factor}")
     w0,h0 = pairs[0]
     return [(w, h, first_bs if fix_bs else max(1, w0*h0*first_bs//(w*h))) for w,h in rounded]
 
@@ -65,6 +66,7 @@ def deal_sizes(
     rng.shuffle(batches)
     return batches
 
+# %% ../../nbs/data/08_scales.ipynb #6af0442f
 def scale_plan(
     n:int, # Lines
     sizes:list, # From `scale_sizes`
