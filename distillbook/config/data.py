@@ -21,10 +21,10 @@ from ..data.shards import ShardDL, ShardLines
 from ..rec.operations import at_size
 
 # %% ../../nbs/config/05_data.ipynb #113e56a8
-from .networks import characters, dictionary, existing, task
+from .networks import characters, dictionary, existing, say_once, task
 from .registry import DATASETS, OPERATIONS, SAMPLERS, SimpleDataSet, arguments, build, called
 from .registry import parameters, takes_anything, typed
-from .values import Section, Trying
+from .values import Config, Section, Trying
 
 # %% ../../nbs/config/05_data.ipynb #2c8c815c
 log = logging.getLogger('distillbook')
@@ -137,6 +137,31 @@ def _label_files(dataset):
     if not files: raise dataset.refuse("no label files", 'label_file_list')
     with dataset.blame('label_file_list'): return [existing(f) for f in files]
 
+# %% ../../nbs/config/05_data.ipynb #0b258032
+def _resizes(row): return isinstance(row, dict) and any(str(name).endswith('ResizeImg') for name in row)
+
+def _with_resize(config, dataset):
+    "A configuration whose lines are brought to one size, as `Eval` does it"
+    rows = dataset.get('transforms')
+    if not isinstance(rows, list): return config
+    keep = next((r['KeepKeys'] for r in rows if isinstance(r, dict) and 'KeepKeys' in r), None) or {}
+    wanted = 'valid_ratio' in (keep.get('keep_keys') or () if isinstance(keep, dict) else keep)
+    known = all(isinstance(r, dict) and set(r) <= set(OPERATIONS) for r in rows)
+    if not wanted or not known or any(map(_resizes, rows)) or dataset.get('name')=='MultiScaleDataSet': return config
+    sides = eval_sides(config).values() if config.get('Eval') else ()
+    others = [r for side in sides for r in Section(config, *side, 'dataset').get('transforms') or [] if _resizes(r)]
+    if not others: return config
+    say_once(f"{dataset.place('transforms')}: nothing brings the lines to one size (PaddleOCR stops there: "
+        f"KeyError 'valid_ratio'); {others[0]} is taken, as in Eval")
+    return _replaced(Config(config), (*dataset.path, 'transforms'), [*rows[:-1], others[0], rows[-1]])
+
+def _replaced(config, path, value):
+    "A copy in which something else stands at a place"
+    if not path: return value
+    other = config.copy_with() if isinstance(config, Config) else dict(config)
+    other[path[0]] = _replaced(config[path[0]], path[1:], value)
+    return other
+
 # %% ../../nbs/config/05_data.ipynb #934a9472
 def build_set(
     config:dict, # The whole configuration
@@ -147,7 +172,7 @@ def build_set(
     dataset = Section(config).section(*side, 'dataset')
     seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
-    operations,keep = build_operations(config, *dataset.path, 'transforms')
+    operations,keep = build_operations(_with_resize(config, dataset), *dataset.path, 'transforms')
     joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():
