@@ -3,17 +3,21 @@ import json
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
-from distillbook.config import build_loss, build_model, build_optimizer, build_terms, load_config, lr_schedule
+from distillbook.config import build_loss, build_model, build_optimizer, build_terms, experiment, load_config, lr_schedule
+from distillbook.config.assembly import as_nets
 from distillbook.core import UserError
 from distillbook.det.losses import db_cbn, db_parts, dkd_maps, kl_maps
 from distillbook.det.neck import IntraCL, LKPAN, RSEFPN
 from distillbook.det.nets import DBHead, PFHeadLocal
 from distillbook.layers import paddle_batchnorm
 from distillbook.learner import distill_learner
-from distillbook.schedules import FollowSchedule
+from distillbook.optim import own_l2
+from distillbook.reparam import fuse
+from distillbook.schedules import FollowSchedule, own_lr
+from distillbook.use.training import train
 from distillbook.use.weights import load_paddle
 from test_paddle import Same, Watch, load, near, paddle_names
-from test_paddle_det import MAPS, NoValidation, in_training, loss_cfg
+from test_paddle_det import MAPS, NoValidation, in_training, loss_cfg, overrides, pages
 from weights_formula import fill4
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -139,7 +143,8 @@ def test_the_combined_loss_of_cml():
 # %% whole networks
 SMALL = ['Architecture.Models.Teacher.Backbone.layers=18', 'Architecture.Models.Teacher.Neck.out_channels=64', 'Optimizer.regularizer.factor=0.005', 'Optimizer.lr.warmup_epoch=1',
     *[f'Architecture.Models.{n}.{k}' for n in ('Student','Student2') for k in ('Backbone.scale=0.25','Neck.out_channels=32')]]
-BOUND = dict(Momentum=1e-4, Adam=1e-3)
+# With these weights a millionth of noise in the picture makes the gradients jump (a number of the first of them is 66.80 or 67.91, in float64 too; PaddleOCR has 67.91, and so have we with the noise), moves a part of the third step's loss by 5e-4 and one of the fourth's by 5e-3
+BOUND = 1e-5,1e-5,1e-3,1e-2
 
 @pytest.mark.parametrize('optimizer', ['Momentum','Adam'])
 def test_four_steps_of_cml(optimizer):
@@ -161,13 +166,75 @@ def test_four_steps_of_cml(optimizer):
     def keep(opt):
         if not first: first.update({k: p.grad.clone() for k,p in model.named_parameters() if p.grad is not None})
     step = type(watch).before_step
-    watch.before_step = lambda: (keep(None), step(watch))
+    rates = []
+    watch.before_step = lambda: (keep(None), step(watch), rates.append([h['lr'] for h in watch.opt.hypers]))
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
-    near(watch.lrs, m['lrs'])
+    near([max(r) for r in rates], m['lrs'])
+    near([min(r) for r in rates], .1*np.array(m['lrs'])) # `lab`
     logged = {k: v for k,v in m['trajectory'].items() if not k.endswith('_cbn')}
     for k,want in logged.items():
         got = [r[k]/n for r in watch.rows]
-        near(got[:2], want[:2], 1e-4)
-        near(got, want, BOUND[optimizer])
+        for a,b,rel in zip(got, want, BOUND): near(a, np.mean(b), rel)
+    assert {ours[k] for k in m['gradnorm_step0']}==set(watch.norms)
+    assert {ours[k] for k in m['grad_none']}=={k for k,p in model.named_parameters() if k not in watch.norms and p.requires_grad}
     top = max(m['gradnorm_step0'].values())
-    for k,v in m['gradnorm_step0'].items(): assert abs(watch.norms[ours[k]]-v) <= 3e-3*v + 1e-5*top, (k, watch.norms[ours[k]], v)
+    for k,v in m['gradnorm_step0'].items(): assert abs(watch.norms[ours[k]]-v) <= 2e-2*v + 3e-4*top, (k, watch.norms[ours[k]], v)
+    after = dict(model.named_parameters())
+    for k,v in m['param_norm_after'].items():
+        if optimizer=='Momentum' and ours.get(k) in after: assert after[ours[k]].norm().item()==pytest.approx(v, rel=1e-4, abs=1e-4), k
+    if optimizer=='Momentum': return
+    for net in model.names:
+        for c,rel in enumerate((3e-5, 3e-5, 3e-4)): near(watch.first[net]['maps'].detach()[:1,c,::2,::2], z[f'Adam|out|step0.{net}.maps'][:,c], rel)
+
+def test_rates_and_statistics():
+    "Which parameters learn at a tenth of the rate, and what one forward pass does to batch norms"
+    m = json.loads(str(load('e2e_v4_det')['Adam|meta']))
+    model = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', SMALL))
+    ours = {n: k for n,_,k in paddle_names(model)}
+    load_paddle(model, {n: fill4(n, s) for n,s,_ in paddle_names(model)})
+    in_training(model['Teacher'])
+    model.train()(torch.from_numpy(load('e2e_v4_det')['batch|in|image']))
+    state = model.state_dict()
+    for k,v in m['bn_norm_after_first_forward'].items(): assert state[ours[k]].norm().item()==pytest.approx(v, rel=1e-4), k
+    rates = own_lr(model)
+    slow = {k for k,p in model.named_parameters() if rates.get(p, 1.)!=1.}
+    assert len(slow)==m['lr_mult_not_1']['0.1']==224 and all('.lab.' in k for k in slow) and set(rates.values())-{1.}=={.1}
+
+def test_a_fused_detector_says_the_same():
+    model = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', SMALL))
+    load_paddle(model, {n: fill4(n, s) for n,s,_ in paddle_names(model)})
+    x = torch.from_numpy(load('e2e_v4_det')['batch|in|image'])
+    student = model['Student'].eval()
+    with torch.no_grad():
+        before = student(x)['maps']
+        near(fuse(student)(x)['maps'], before, 1e-4)
+    assert not any('conv_kxk' in k for k in student.state_dict())
+
+
+# %% names
+@pytest.mark.parametrize('config,rows', [('det/ppocrv4_cml', 'params_v4_det_cml'), ('det/ppocrv4_server', 'params_v4_server_det')])
+def test_names_of_all_parameters(config, rows):
+    "Names, shapes, what trains, each one's own decay and rate"
+    rows = {r[0]: r[1:] for r in json.loads((GOLDEN/f'{rows}.json').read_text())['rows']}
+    model = build_model(load_config(config, [f'Architecture.Models.{n}.pretrained=' for n in ('Teacher',)] if 'cml' in config else None))
+    names = {n: (list(s), k) for n,s,k in paddle_names(model)}
+    assert {n: s for n,(s,_) in names.items()}=={n: r[0] for n,r in rows.items()}
+    nets = as_nets(model)
+    parameters,rates,decay = dict(model.named_parameters()),own_lr(nets),own_l2(nets)
+    for n,(_,trains,own,rate) in rows.items():
+        p = parameters.get(names[n][1])
+        if p is None: continue
+        assert bool(trains)==p.requires_grad, n
+        if p.requires_grad: assert rates.get(p, 1.)==pytest.approx(rate) and decay.get(p)==own, (n, rates.get(p), rate, decay.get(p), own)
+
+
+# %% as a user has it
+@pytest.mark.parametrize('which', ['ppocrv4_cml','ppocrv4_mobile','ppocrv4_server'])
+def test_trained_for_an_epoch(which, pages, tmp_path):
+    o = overrides(pages, tmp_path/'run', which)
+    if which=='ppocrv4_cml': o += [f'Architecture.Models.{n}.Backbone.scale=0.25' for n in ('Student','Student2')]
+    if which=='ppocrv4_server': o += ['Architecture.Neck.out_channels=32', 'Train.loader.batch_size_per_card=6']
+    cfg = load_config(CONFIGS/f'{which}.yml', [*o, 'Global.epoch_num=1', 'Global.cal_metric_during_train=true'])
+    learn = train(experiment(cfg))
+    assert learn.summary['epochs']==1 and (tmp_path/'run/best_accuracy.pth').exists()
+    assert ('loss_cbn' in learn.term_recorder.names)==(which=='ppocrv4_server')
