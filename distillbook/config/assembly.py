@@ -62,12 +62,11 @@ def run_settings(
     basics = dict(folder=_folder(g), epochs=_epochs(g), seed=g.read('seed', int, 1024, least=0),
         threads=g.read('threads', int, None, least=1))
     device = 'cpu' if g.get('use_gpu') is False else None
-    precision = _precision(g)
+    precision,scores = _precision(g),bool(g.get('cal_metric_during_train')) and task(config)!='det'
     return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
-        save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=bool(g.get('cal_metric_during_train')),
-        config=_saved(config))
+        save_epochs=g.read('save_epoch_step', int, None, least=1), score_batches=scores, config=_saved(config))
 
 def _saved(config):
     "What `config.yml` holds: dictionaries beside the file of the configuration have their whole path"

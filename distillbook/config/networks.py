@@ -21,7 +21,7 @@ from ..nets import Nets, Targets
 
 # %% ../../nbs/config/03_networks.ipynb #70df5f20
 from .registry import BACKBONES, ENCODERS, HEADS, NECKS, TIMM, build, parameters, takes_anything
-from .values import Config, Section
+from .values import Config, Section, Trying
 from ..det.nets import DetModel
 from ..rec.labels import Alphabet, read_characters
 from ..rec.neck import SequenceEncoder
@@ -257,10 +257,19 @@ def build_rec(
 )->RecModel: # `UserError` names what is unknown, where it stands, and what comes near
     "The recogniser that a configuration describes, with PaddleOCR's initial weights"
     arch = _checked_arch(arch if isinstance(arch, Section) else Section(dict(Architecture=arch), 'Architecture'))
-    backbone = _backbone(arch, 'rec')
-    neck = _rec_neck(arch, backbone.out_channels) if arch.get('Neck') else None
-    head = _rec_head(arch, (neck or backbone).out_channels, characters)
-    return RecModel(backbone, neck, head, arch.read('return_all_feats', bool, False))
+    trying,parts = Trying(),dict(neck=None)
+    with trying(): parts['backbone'] = _backbone(arch, 'rec')
+    with trying():
+        if arch.get('Neck'): parts['neck'] = _rec_neck(arch, _channels_of(parts, 'backbone', 64))
+    before = 'backbone' if parts['neck'] is None else 'neck'
+    with trying(): parts['head'] = _rec_head(arch, _channels_of(parts, before, 64), characters)
+    with trying(): parts['return_all_feats'] = arch.read('return_all_feats', bool, False)
+    trying.done()
+    return RecModel(**parts)
+
+def _channels_of(parts, name, otherwise):
+    "What a part hands on; a likely number, if it was refused"
+    return parts[name].out_channels if name in parts else otherwise
 
 # %% ../../nbs/config/03_networks.ipynb #69d41263
 def build_det(
@@ -268,12 +277,17 @@ def build_det(
 )->DetModel: # `UserError` names what is unknown, where it stands, and what comes near
     "The detector that a configuration describes, with PaddleOCR's initial weights"
     arch = _checked_arch(arch if isinstance(arch, Section) else Section(dict(Architecture=arch), 'Architecture'))
-    backbone = _backbone(arch, 'det')
-    neck_part,head_part = _named_part(arch, 'Neck'),_named_part(arch, 'Head')
-    neck = build(NECKS['det'].find(neck_part.get('name'), neck_part, 'name'), neck_part,
-        in_channels=backbone.out_channels)
-    head = build(HEADS['det'].find(head_part.get('name'), head_part, 'name'), head_part, in_channels=neck.out_channels)
-    return DetModel(backbone, neck, head, arch.read('return_all_feats', bool, False))
+    trying,parts = Trying(),{}
+    with trying(): parts['backbone'] = _backbone(arch, 'det')
+    with trying(): parts['neck'] = _det_part(arch, 'Neck', NECKS, _channels_of(parts, 'backbone', [16,32,64,128]))
+    with trying(): parts['head'] = _det_part(arch, 'Head', HEADS, _channels_of(parts, 'neck', 64))
+    with trying(): parts['return_all_feats'] = arch.read('return_all_feats', bool, False)
+    trying.done()
+    return DetModel(**parts)
+
+def _det_part(arch, key, tables, in_channels):
+    part = _named_part(arch, key)
+    return build(tables['det'].find(part.get('name'), part, 'name'), part, in_channels=in_channels)
 
 def build_network(
     arch:Section, # One net's section
@@ -331,13 +345,16 @@ def as_released(
 # %% ../../nbs/config/03_networks.ipynb #10374b75
 RELEASED_KEYS = ('pretrained','freeze_params','cache','bf16','compile','model_type','algorithm')
 
-def _released_net(config, part):
+def _check_released(part):
     part.only(RELEASED_KEYS)
     if not part.get('pretrained'):
         raise part.refuse("a network wants a Backbone and a Head, or the name of a released one as pretrained")
     if not part.get('freeze_params'):
         raise part.refuse("a network without Backbone and Head is a released one, which can only teach: "
             "freeze_params: true")
+
+def _released_net(config, part):
+    _check_released(part)
     with part.blame('pretrained'): loaded = load_teacher(part.read('pretrained', str), task=task(config))
     if task(config)=='det': return _cached(config, part, loaded)
     net,alphabet = loaded
@@ -366,11 +383,13 @@ class DistillationModel(Nets):
 FLAGS = ('bf16','compile') # For frozen networks: how they compute
 EXTRA_KEYS = ('in_channels','out_channels') # PaddleOCR's files have them, and its code does not read them
 
+def _is_released(part): return not any(part.get(k) for k in ('Backbone','Head','init'))
+
 def _one_net(config, name, made, load):
     "A network of `Models`"
     part = Section(config, 'Architecture', 'Models', name)
     if part.get('init') is not None: return _begun_as(config, part, made)
-    if not (part.get('Backbone') or part.get('Head')): return _released_net(config, part)
+    if _is_released(part): return _released_net(config, part)
     net = _built(config, _with_part(config, part))
     path = part.read('pretrained', str, None) if load is None or name in load else None
     with part.blame('pretrained'):
@@ -418,15 +437,23 @@ def _flagged(config, key):
 def build_networks(
     config:dict, # The whole configuration
     load=None, # Names of the networks whose `pretrained` weights are loaded; None: all
+    fetch:bool=True, # Get released networks, which may mean to download them? Else they are left out
 )->nn.Module: # A `DistillationModel`, or a `RecModel` or `DetModel` where there is one network without a name
     "The networks of `Architecture`"
     names = net_names(config)
     if 'Models' not in config['Architecture']: return _built(config, Section(config, 'Architecture'))
-    made = {}
-    for name in names: made[name] = _one_net(config, name, made, load)
+    made,trying = {},Trying()
+    for name in names:
+        part = Section(config, 'Architecture', 'Models', name)
+        with trying():
+            if not fetch and _is_released(part): _check_released(part)
+            elif not trying.each or part.get('init') not in names: made[name] = _one_net(config, name, made, load)
+    trying.done()
+    names = [n for n in names if n in made]
     frozen = [n for n in names if Section(config, 'Architecture', 'Models', n).read('freeze_params', bool, False)]
-    model = DistillationModel(made, frozen, bf16=_flagged(config, 'bf16'))
-    for name in _flagged(config, 'compile'): model[name].compile()
+    bf16,compiled = ([n for n in _flagged(config, key) if n in made] for key in ('bf16','compile'))
+    model = DistillationModel(made, frozen, bf16=bf16)
+    for name in compiled: model[name].compile()
     return model
 
 # %% ../../nbs/config/03_networks.ipynb #b5978685

@@ -6,15 +6,15 @@ Docs: https://distillbook.github.io/distillbook/config/registry.html.md"""
 
 # %% auto #0
 __all__ = ['WRONG_ARGUMENTS', 'BOTH', 'BACKBONES', 'ENCODERS', 'NECKS', 'HEADS', 'TIMM', 'LOSSES', 'DECODERS', 'METRICS',
-           'OPERATIONS', 'DATASETS', 'OPTIMISERS', 'SCHEDULES', 'WEIGHTS', 'Registry', 'imported', 'parameters',
-           'takes_anything', 'typed', 'arguments', 'called', 'build', 'SimpleDataSet', 'LMDBDataSet', 'WebDataset',
-           'Cosine', 'Linear', 'Exponential']
+           'OPERATIONS', 'DATASETS', 'SAMPLERS', 'OPTIMISERS', 'SCHEDULES', 'WEIGHTS', 'Registry', 'imported',
+           'parameters', 'takes_anything', 'typed', 'arguments', 'called', 'build', 'SimpleDataSet', 'LMDBDataSet',
+           'WebDataset', 'Cosine', 'Linear', 'Exponential']
 
 # %% ../../nbs/config/02_registry.ipynb #317081a2
 import importlib, inspect
 from torch import nn, optim
 from ..core import UserError, unknown
-from .values import KINDS, Section, as_kind
+from .values import KINDS, Section, Trying, as_kind
 
 # %% ../../nbs/config/02_registry.ipynb #233dd24b
 class Registry(dict):
@@ -102,14 +102,16 @@ def arguments(
     "What an entry is called with; `UserError` names a key that it does not take, or one that is missing"
     takes = {k: p for k,p in parameters(entry).items() if k not in given}
     own = {k: v for k,v in section.values.items() if k not in skip and k not in ignored}
-    for key in own:
-        if not isinstance(key, str) or (key not in takes and (key in given or not takes_anything(entry))):
-            raise section.unknown(f'key of {entry.__name__}', key, [*takes, *skip], key)
-    values = {}
+    values,trying = {},Trying()
     for key,value in own.items():
-        with section.blame(key): values[key] = typed(takes[key], value) if key in takes else value
-    missing = [k for k,p in takes.items() if p.default is p.empty and k not in values]
-    if missing: raise section.refuse(f"{entry.__name__} needs {' and '.join(missing)}")
+        with trying(), section.blame(key):
+            if not isinstance(key, str) or (key not in takes and (key in given or not takes_anything(entry))):
+                raise section.unknown(f'key of {entry.__name__}', key, [*takes, *skip], key)
+            values[key] = typed(takes[key], value) if key in takes else value
+    with trying():
+        missing = [k for k,p in takes.items() if p.default is p.empty and k not in own]
+        if missing: raise section.refuse(f"{entry.__name__} needs {' and '.join(missing)}")
+    trying.done()
     return values | {k: v for k,v in given.items() if k in parameters(entry)}
 
 # %% ../../nbs/config/02_registry.ipynb #04405074
@@ -155,7 +157,7 @@ NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEn
 HEADS = dict(
     rec=Registry('head', nn.Module, CTCHead=rec_nets.CTCHead, SARHead=sar.SARHead, NRTRHead=nrtr.NRTRHead,
         MultiHead=rec_nets.MultiHead),
-    det=Registry('head', nn.Module, DBHead=det_nets.DBHead))
+    det=Registry('head', nn.Module, DBHead=det_nets.DBHead, PFHeadLocal=det_nets.PFHeadLocal))
 
 # %% ../../nbs/config/02_registry.ipynb #6bc8778d
 TIMM = dict(rec=rec_backbone.TimmBackbone, det=det_nets.TimmMaps)
@@ -172,7 +174,8 @@ LOSSES = Registry('loss',
     dml_paddle=losses.dml_paddle, kl_paddle=losses.kl_paddle,
     **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss,
         rec_losses.nrtr_loss, rec_losses.gtc_kl, rec_losses.gtc_dkd)},
-    **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss)})
+    **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss,
+        det_losses.db_cbn, det_losses.kl_maps, det_losses.dkd_maps)})
 
 # %% ../../nbs/config/02_registry.ipynb #85f49b94
 from ..rec import decode
@@ -190,7 +193,8 @@ from ..det import augment as det_augment, operations as det_ops, render as det_r
 
 # %% ../../nbs/config/02_registry.ipynb #c93a435f
 OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=data_ops.KeepKeys,
-    **{c.__name__: c for c in (rec_augment.RecAug, rec_augment.RecConAug, rec_ops.RecResizeImg)},
+    **{c.__name__: c for c in (rec_augment.RecAug, rec_augment.RecConAug)},
+    **{c.__name__: c for c in (rec_ops.RecResizeImg, rec_ops.SVTRRecResizeImg)},
     CTCLabelEncode=rec_ops.CTCLabelEncode, SARLabelEncode=rec_ops.SARLabelEncode,
     NRTRLabelEncode=rec_ops.NRTRLabelEncode, MultiLabelEncode=rec_ops.MultiLabelEncode,
     **{c.__name__: c for c in (det_augment.ColorJitter, det_augment.CopyPaste, det_augment.EastRandomCropData,
@@ -200,7 +204,7 @@ OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=da
     **{c.__name__: c for c in (targets.MakeBorderMap, targets.MakeShrinkMap)})
 
 # %% ../../nbs/config/02_registry.ipynb #d72161ae
-from ..data import lists, shards
+from ..data import lists, scales, shards
 
 # %% ../../nbs/config/02_registry.ipynb #61f3bef8
 def SimpleDataSet(label_file_list, data_dir:str='.', ratio_list=1., delimiter:str='\t', seed:int=0):
@@ -216,7 +220,9 @@ def WebDataset(label_file_list, data_dir:str='.'):
     return shards.shard_lines([f'{data_dir}/{f}' for f in label_file_list or ['']])
 
 DATASETS = Registry('dataset', SimpleDataSet=SimpleDataSet, LMDBDataSet=LMDBDataSet, WebDataset=WebDataset,
+    MultiScaleDataSet=SimpleDataSet, TextDetDataset=SimpleDataSet, # Other names for label files
     RenderedLines=rec_render.RenderedLines, RenderedPages=det_render.RenderedPages)
+SAMPLERS = Registry('sampler', scales.MultiScaleSampler, MultiScaleSampler=scales.MultiScaleSampler)
 
 # %% ../../nbs/config/02_registry.ipynb #1319d93e
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin

@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/config/values.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'MOST_VALUES', 'DEEPEST', 'log', 'REQUIRED', 'wanted', 'as_kind', 'TextKeys', 'line_of', 'count_values',
-           'parsed', 'Config', 'place_of', 'Section']
+           'parsed', 'Config', 'spot_of', 'place_of', 'Section', 'Refusals', 'Trying']
 
 # %% ../../nbs/config/01_values.ipynb #4fcfd071
 import logging
@@ -154,16 +154,21 @@ class Config(dict):
         other.update(sections)
         return other
 
-def place_of(
+def spot_of(
     config:dict, # A `Config`, or a plain dict, which has no file
     *path, # Keys that lead to the spot
-)->str:
+)->tuple: # '' and None where they are not known
     "File, line and dotted key of a spot"
     file,lines = getattr(config, 'path', ''),getattr(config, 'lines', {})
     path = tuple(map(str, path))
     line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
-    begins = f'{file}:{line}' if file and line else str(file)
-    return ': '.join(o for o in (begins, '.'.join(path)) if o)
+    return str(file),line if file else None,'.'.join(path)
+
+def place_of(config, *path)->str:
+    "`spot_of` as a message begins with it"
+    file,line,key = spot_of(config, *path)
+    begins = f'{file}:{line}' if line else file
+    return ': '.join(o for o in (begins, key) if o)
 
 # %% ../../nbs/config/01_values.ipynb #dc798fca
 REQUIRED = object() # In place of a default: the key has to be there
@@ -188,16 +193,19 @@ class Section:
 
     def refuse(self, message:str, *keys)->UserError:
         "An error that begins with the place, to be raised"
-        place = self.place(*keys)
-        return _placed(UserError(f'{place}: {message}' if place else message))
+        return self.placed(UserError(message), *keys)
 
     def unknown(self, kind:str, name, known, *keys)->UserError:
         "An error for a name that is none, with near matches, to be raised"
-        return _placed(unknown(kind, name, known, self.place(*keys)))
+        return self.placed(unknown(kind, name, known), *keys)
 
-def _placed(error):
-    error.placed = True
-    return error
+    def placed(self, error:UserError, *keys)->UserError:
+        "The error with the place in front of it, unless it has one"
+        if getattr(error, 'spot', None) is None:
+            place,error.spot = self.place(*keys),spot_of(self.config, *self.path, *keys)
+            error.why = error.message
+            if place: error.message = f'{place}: {error.message}'
+        return error
 
 # %% ../../nbs/config/01_values.ipynb #481d023a
 @patch
@@ -206,9 +214,7 @@ def blame(self:Section, *keys):
     "Put the place in front of a `UserError` that comes from the block and has none"
     try: yield
     except UserError as e:
-        place = self.place(*keys)
-        if not getattr(e, 'placed', False) and place: e.message = f'{place}: {e.message}'
-        e.placed = True
+        self.placed(e, *keys)
         raise
 
 @patch
@@ -255,9 +261,36 @@ def maybe(self:Section, *keys):
         part = Section(self.config, *part.path, key)
     return part
 
+# %% ../../nbs/config/01_values.ipynb #c7263e51
+class Refusals(UserError):
+    "Several refusals together; what it says is the first, and how many more there are"
+    def __init__(self, each):
+        self.each,first = list(each),each[0]
+        super().__init__(f"{first.message} (and {len(each)-1} more)")
+        self.spot,self.why = getattr(first, 'spot', ('',None,'')),getattr(first, 'why', first.message)
+
+class Trying:
+    "Goes on after a refusal, so that the next is found too"
+    def __init__(self): self.each = []
+
+    @contextmanager
+    def __call__(self):
+        "A block that may refuse something"
+        try: yield
+        except UserError as e: self.each += getattr(e, 'each', [e])
+
+    def done(self):
+        "Raise what was refused, if anything was"
+        if len(self.each)==1: raise self.each[0]
+        if self.each: raise Refusals(self.each)
+
+# %% ../../nbs/config/01_values.ipynb #1e47ec08
 @patch
 def only(self:Section, known, ignored=(), kind='key')->list: # Dotted keys that are accepted and change nothing
     "Refuse keys that nobody knows"
+    trying = Trying()
     for key in self.values:
-        if key not in known and key not in ignored: raise self.unknown(kind, key, known, key)
+        with trying():
+            if key not in known and key not in ignored: raise self.unknown(kind, key, known, key)
+    trying.done()
     return ['.'.join(map(str, (*self.path, key))) for key in self.values if key in ignored]
