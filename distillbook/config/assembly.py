@@ -63,6 +63,7 @@ def run_settings(
         threads=g.read('threads', int, None, least=1))
     device = 'cpu' if g.get('use_gpu') is False else None
     precision,scores = _precision(g),bool(g.get('cal_metric_during_train')) and task(config)!='det'
+    basics['compile'] = g.read('compile', bool, None)
     return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
