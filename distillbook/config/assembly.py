@@ -103,7 +103,8 @@ def picture_settings(
     if task(config)=='det': return _page_settings(config)
     operations = _reading_operations(config)
     height,width = next(((o.height, o.width) for o in operations if isinstance(o, RecResizeImg)), (48,320))
-    return Pictures(task='rec', shape=(3, height, width if _fixed_width(config) else None), alphabet=Alphabet(characters(config)),
+    shape,alphabet = (3, height, width if _fixed_width(config) else None),Alphabet(characters(config))
+    return Pictures(task='rec', shape=shape, alphabet=alphabet,
         prepare=partial(prepared, operations), draw=draw_reads)
 
 def _page_settings(config):
