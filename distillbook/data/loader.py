@@ -113,11 +113,12 @@ def batch_order(
 class BatchMaker:
     "`[idxs]`: a batch (None if all its lines are broken), its columns of pixels, its faults, and an error or ''"
     def __init__(self, lines, crop): self.lines,self.crop = lines,crop
-    def __getitem__(self, idxs):
+    def __getitem__(self, idxs): return self.make(idxs)
+    def make(self, idxs, last=None): # `last`: an operation that comes after all of those of the lines
         faults = []
         try:
             samples = [self.lines.fetch(int(i), faults) for i in idxs]
-            samples = [o for o in samples if o is not None]
+            samples = [last(o, None) if last else o for o in samples if o is not None]
             if not samples: return None,(0,0),faults,''
             return *collate(samples, self.lines.keep_keys, self.crop),faults,''
         except UserError as e: return None,(0,0),faults,str(e)
