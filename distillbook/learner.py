@@ -24,7 +24,7 @@ from .core import UserError, unknown
 from .graphs import QuickSteps
 from .metrics import NetMetric, net_metrics, try_metrics
 from .nets import Nets, Targets
-from .precision import CPUBfloat16, has_bf16
+from .precision import AMPMode, CPUBfloat16, CUDAPrecision, has_bf16
 from .terms import Terms
 
 # %% ../nbs/learning/04_learner.ipynb #e6c14dfc
@@ -416,14 +416,14 @@ def _on_cuda(learn): return next(learn.model.parameters()).device.type=='cuda'
 @patch
 def to_fp16(self:DistillLearner, **kwargs):
     "Mixed precision with float16 on CUDA; elsewhere a warning and nothing else"
-    if _on_cuda(self): return super(DistillLearner, self).to_fp16(**kwargs)
+    if _on_cuda(self): return self.add_cb(CUDAPrecision(**kwargs))
     warnings.warn("to_fp16 does nothing here: mixed precision with float16 needs CUDA")
     return self
 
 @patch
 def to_bf16(self:DistillLearner):
     "Mixed precision with bfloat16 on CUDA or on a CPU with instructions for it; elsewhere a warning and nothing else"
-    if _on_cuda(self): return super(DistillLearner, self).to_bf16()
+    if _on_cuda(self): return self.add_cb(CUDAPrecision(AMPMode.BF16))
     if has_bf16(): return self.add_cb(CPUBfloat16())
     warnings.warn("to_bf16 does nothing here: this CPU has no instructions for bfloat16, and there is no CUDA")
     return self

@@ -1,27 +1,24 @@
 "Every command and every path of the library on a GPU: on a pretended one where there is none (pretend_gpu.py), on the real one with `pytest --device cuda`. Then mistakes, made on purpose, which must not pass; and a GPU whose memory does not suffice, or which is not there"
 import copy, functools, json, logging, warnings
-from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F, yaml
-from fastai.basics import DataLoader, DataLoaders, OptimWrapper, accuracy, set_seed
+from fastai.basics import Callback, DataLoader, DataLoaders, accuracy, set_seed
 from torch import distributed as dist, nn
-from distillbook import cache, core, learner as learning
+from distillbook import cache, core
 from distillbook.cache import CachedNet
-from distillbook.checkpoint import load_file, take_up
+from distillbook.checkpoint import load_file
 from distillbook.config import load_config
 from distillbook.config.assembly import run_settings
-from distillbook.core import UserError
 from distillbook.det import boxes
 from distillbook.det.render import write_pages
 from distillbook.learner import distill_learner
-from distillbook.losses import distance, dml, kd
+from distillbook.losses import distance, kd
 from distillbook.nets import Nets
 from distillbook.rec import sar
 from distillbook.rec.labels import Alphabet
 from distillbook.terms import Term
 from distillbook.use import evaluation, teachers, training
-from distillbook.use.evaluation import evaluate
 from distillbook.use.finetune import remap_classes
-from distillbook.use.report import lr_find, setup, summary
+from distillbook.use.report import lr_find, summary
 from distillbook.use.teachers import FunctionNet, OnnxNet, OwnInput
 from distillbook.use.training import Experiment, Run, device_for, train
 from small_nets import small_rec
@@ -223,16 +220,22 @@ def test_a_learner():
     assert lr_find(learn, 10).rates and summary(learn)['terms']
     assert {p.device.type for p in copy.deepcopy(learn.model).parameters()}=={'cuda'}
 
+class Fails(Callback):
+    "An error in the middle of a batch"
+    def after_pred(self): 1/0
+
 @pytest.mark.parametrize('amp', ['to_bf16', 'to_fp16'])
 def test_precisions_follow_the_networks(amp):
     "Not the machine: a run on the CPU has nothing of the GPU's"
     learn = getattr(small_learner(), amp)()
-    assert learn.mixed_precision.amp_mode.value==amp[3:]
+    assert learn.cuda_precision.amp_mode.value==amp[3:]
     quiet_fit(learn, 1)
+    with pytest.raises(ZeroDivisionError): quiet_fit(learn, 1, cbs=Fails())
+    assert not torch.is_autocast_enabled('cuda') and not torch.is_autocast_enabled('cpu')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = getattr(small_learner('cpu'), amp)()
-    assert type(getattr(learn, 'mixed_precision', None)).__name__!='MixedPrecision'
+    assert not hasattr(learn, 'cuda_precision')
     quiet_fit(learn, 1)
     assert learn.parts().notna().all(axis=None)
 

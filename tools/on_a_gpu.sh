@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 # PyTorch and its company are there. Each package here in one version, none of its needs: what they need stands here, too.
 WHEELS="fastai fastcore fastprogress fasttransform fastdownload plum-dispatch<2.10 beartype python-fasthtml starlette oauthlib itsdangerous python-multipart beautifulsoup4 soupsieve httpx2 httpcore2 uvicorn truststore \
-  pydantic pydantic-core annotated-types annotated-doc typing-inspection typer pyclipper shapely rapidfuzz platformdirs font-roboto"
+  pydantic pydantic-core annotated-types annotated-doc typing-inspection typer pyclipper shapely rapidfuzz platformdirs"
 TEACHERS="PP-OCRv3_rec PP-OCRv3_det PP-OCRv4_rec PP-OCRv4_det"
 # Tests that need a browser, a network, an environment of their own or nbdev
 NOT_THERE="site package readme house light_door"
@@ -19,9 +19,8 @@ if [ "${1:-}" = wheels ]; then
     set -e
     rm -rf .whl && mkdir -p .whl/distillbook/teachers
     platforms=$(for n in 39 35 34 31 28 27 24 17; do echo "--platform manylinux_2_${n}_x86_64"; done)
-    for name in $WHEELS; do
-        python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl "$name"
-    done
+    python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl $WHEELS
+    python3 -m pip wheel -q --disable-pip-version-check --no-deps -w .whl font-roboto # No wheel of it is published
     python3 - $TEACHERS <<'PY'
 import shutil, sys
 from distillbook.use.released import teacher_file
