@@ -381,7 +381,7 @@ def _refreeze(self:DistillLearner, what, names):
 @patch
 def _component_attr_filter(self:DistillLearner, k):
     names = getattr(vars(self).get('model'), 'names', ())
-    return super(DistillLearner, self)._component_attr_filter(k) and k not in names
+    return super(DistillLearner, self)._component_attr_filter(k) and k not in (*names, 'runner')
 
 # %% ../nbs/learning/04_learner.ipynb #b973085d
 IN_THE_LOOP = ('before_batch after_pred after_loss before_backward after_backward before_step after_step '
