@@ -130,6 +130,13 @@ def test_quickstart(tmp_path, monkeypatch, gpu):
     assert set(asked)=={('cuda','cuda')} and f'on {gpu}, float32, {torch.get_num_threads()} thread' in r.stderr
     assert 'threads' not in load_config('quickstart')['Global']
 
+def test_five_minutes(tmp_path, gpu):
+    "What tools/on_a_gpu.sh trains, in small"
+    small = ['Architecture.Models.Student.Backbone.scale=0.0625', 'Train.dataset.words=8', 'Train.loader.batch_size_per_card=4', 'Train.loader.num_workers=0', 'Eval.watched.dataset.words=4', 'Eval.unseen_font.dataset.words=4', 'Global.epoch_num=1']
+    r = ok('train', '-c', ROOT/'benchmarks/five_minutes.yml', '-o', *small, f'Global.save_model_dir={tmp_path}/run')
+    assert f'on {gpu}, bf16, ' in r.stderr
+    ok('compare', tmp_path/'run', '--draw', tmp_path/'curve.png')
+
 def det_args(folder, run, *more):
     at = lambda side, op: next(i for i,o in enumerate(load_config(DET)[side]['dataset']['transforms']) if op in o)
     small = [f'Architecture.Models.{n}.{o}' for n in ('Student','Student2') for o in ('Backbone.channels=[8,8,8,8]','Neck.out_channels=8')]
