@@ -6,9 +6,9 @@ Docs: https://distillbook.github.io/distillbook/learning/fastai.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'Habits', 'split_batch', 'kind_of', 'class_axis', 'Answer', 'answers', 'shown', 'OneLoss', 'usual_term',
-           'layer_groups', 'rate_at', 'KeepBest', 'columns']
+           'WithoutData', 'layer_groups', 'rate_at', 'KeepBest', 'columns']
 
-# %% ../nbs/learning/04b_fastai.ipynb #41643fed
+# %% ../nbs/learning/04b_fastai.ipynb #57972abc
 import copy, warnings
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.basics import Datasets, Learner, TfmdLists, even_mults, get_model, norm_bias_params
+from fastai.basics import (DataLoader, DataLoaders, Datasets, Learner, TfmdLists, even_mults, get_model,
+                           norm_bias_params)
 from fastai.callback.all import MixHandler, ProgressCallback, TrackerCallback
 from .core import UserError, unknown
 from .losses import cross_entropy
@@ -230,7 +231,7 @@ def tta(self:Habits, *args, **kwargs):
     "Not for all networks at once"
     raise self._for_one('tta')
 
-# %% ../nbs/learning/04b_fastai.ipynb #a17a3692
+# %% ../nbs/learning/04b_fastai.ipynb #47892d94
 @patch
 def export(self:Habits,
     fname='export.pkl', # In the learner's `path`
@@ -239,12 +240,20 @@ def export(self:Habits,
 ):
     "One network as a learner of fastai's, for `load_learner`"
     if net is None: raise UserError(f"{self._for_one('export').message}; learn.export({str(fname)!r}, net=...) writes it")
-    if not hasattr(self.dls.train, 'new'):
-        raise UserError("export writes fastai's loaders with a network, and these are PyTorch's; the weights alone: "
-                        f"torch.save(learn.net({net!r}).state_dict(), 'weights.pth')")
     one = self.of(net)
     one.model = copy.deepcopy(one.model).requires_grad_(True)
+    if not all(hasattr(getattr(dl, 'dataset', None), 'new_empty') for dl in self.dls.loaders): one.dls = WithoutData.of(self.dls)
     one.export(fname, **kwargs)
+
+class WithoutData(DataLoaders):
+    "Loaders as an exported learner has them: without the data, where that cannot empty itself"
+    @classmethod
+    def of(cls, dls):
+        res = cls(*[dl.new([]) if hasattr(dl, 'new') else DataLoader([]) for dl in dls.loaders])
+        for k in ('vocab','n_inp'):
+            if getattr(dls, k, None) is not None: setattr(res, k, getattr(dls, k))
+        return res
+    def new_empty(self): return self
 
 # %% ../nbs/learning/04b_fastai.ipynb #1e45cece
 def layer_groups(

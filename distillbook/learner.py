@@ -451,7 +451,8 @@ def _listens(cb, event_name):
 # %% ../nbs/learning/04_learner.ipynb #87714b9b
 @patch
 def _split(self:DistillLearner, b):
-    self.xb,self.yb = split_batch(b, getattr(self.dls, 'n_inp', None))
+    n_inp = getattr(self.dls, 'n_inp', None) or (self.form and self.form[0])
+    self.xb,self.yb = split_batch(b, n_inp)
     if get_model(self.model).want_targets(): self.xb = (*self.xb, Targets(self.yb))
 
 @patch

@@ -148,7 +148,7 @@ class Terms:
 def at(self:Terms, address:str, outs:dict, targets=()):
     "What stands at an address: among the outputs, inside a network, or in the batch"
     name,*path = address.split('.')
-    if not self.is_of_batch(address): return self.nets.find(address, outs)
+    if not self.is_of_batch(address): return self._in_nets(address, outs)
     xb = self.nets.taps.get('batch')
     if xb is None: raise UserError(f"nothing is kept of the batch for {address}: call Terms.connect(xb, yb) first")
     batch = xb[0] if len(xb)==1 and isinstance(xb[0], dict) else (*xb, *targets)
@@ -156,9 +156,34 @@ def at(self:Terms, address:str, outs:dict, targets=()):
     except KeyError: raise unknown('part of the batch', address, addresses({'batch': batch})) from None
 
 @patch
+def _in_nets(self:Terms, address, outs):
+    try: return self.nets.find(address, outs)
+    except UserError as e:
+        if self.connected: raise
+        raise UserError(f"{e.message} (Terms.connect(xb, yb), which sees to such things, was not called)") from None
+
+@patch
 def is_of_batch(self:Terms, address:str)->bool:
     "Does an address lead into the batch? A network may be called so as well, and then it leads there"
     return address.partition('.')[0]=='batch' and 'batch' not in self.nets.names
+
+# %% ../nbs/learning/03_terms.ipynb #e1c2b572
+def _mark(fn, name):
+    "What a loss function says of itself, also through a `partial`"
+    return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
+
+@patch
+def _apart(self:Terms, t, ins)->bool:
+    "Does a term compare features of different shapes, so that they need a projector?"
+    if len(ins)<2 or t.projector is False: return False
+    a,b = ins[:2]
+    rule,tensors = _mark(t.fn, 'shapes'),isinstance(a, Tensor) and isinstance(b, Tensor)
+    if t.projector: return tensors
+    if rule=='any' or not tensors or a.shape==b.shape: return False
+    if rule=='same':
+        raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} "
+                        f"but {t.addresses[1]} {list(b.shape)}")
+    return len(ins)==2 and not any(map(self.is_of_batch, t.addresses))
 
 @patch
 def _needs_no_connection(self:Terms, t, ins):
@@ -233,10 +258,6 @@ def _check_that_somebody_learns(self:Terms):
     raise UserError(f"all terms are about frozen nets ({frozen}), so nothing would learn")
 
 # %% ../nbs/learning/03_terms.ipynb #487abb07
-def _mark(fn, name):
-    "What a loss function says of itself, also through a `partial`"
-    return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
-
 @patch
 def _all_there(self:Terms, t, outs, yb):
     "Are there outputs at all of a term's addresses?"
@@ -256,19 +277,6 @@ def _shapes(xb):
     return [list(o.shape) for o in xb if isinstance(o, Tensor)]
 
 # %% ../nbs/learning/03_terms.ipynb #075bc986
-@patch
-def _apart(self:Terms, t, ins)->bool:
-    "Does a term compare features of different shapes, so that they need a projector?"
-    if len(ins)<2 or t.projector is False: return False
-    a,b = ins[:2]
-    rule,tensors = _mark(t.fn, 'shapes'),isinstance(a, Tensor) and isinstance(b, Tensor)
-    if t.projector: return tensors
-    if rule=='any' or not tensors or a.shape==b.shape: return False
-    if rule=='same':
-        raise UserError(f"term {t.name!r} compares logits, and {t.addresses[0]} has shape {list(a.shape)} "
-                        f"but {t.addresses[1]} {list(b.shape)}")
-    return len(ins)==2 and not any(map(self.is_of_batch, t.addresses))
-
 @patch
 def _bridge(self:Terms, t, outs, yb):
     "Make a projector if a term compares features of different shapes"
