@@ -17,13 +17,13 @@ import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, Learner, detuplify, get_model, no_random,
+from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, detuplify, get_model, no_random,
                            noop, to_detach)
 from fastai.callback.all import MixHandler, TrackerCallback, LRFinder
 from .cache import CachedNet, WatchCache
 from .core import UserError, unknown
 from .habits import Habits, KeepBest, answers, rate_at, split_batch
-from .metrics import NetMetric, net_metrics, try_metrics
+from .metrics import net_metrics, try_metrics
 from .nets import Nets, Targets, mapped
 from .precision import CPUBfloat16, GPUMixedPrecision, has_bf16
 from .terms import Terms
@@ -309,7 +309,9 @@ class GatherPreds(Callback):
         if not len(self.yb): raise UserError("with_loss: the loader gives no targets, so there is no loss")
         terms,res = terms_of(self.learn),{}
         learner_of = {t.name: _who_learns(t, terms) for t in terms.terms}
-        for name,loss in terms.losses(self.pred, *self.yb).items(): res[learner_of[name]] = res.get(learner_of[name], 0)+loss
+        for name,loss in terms.losses(self.pred, *self.yb).items():
+            net = learner_of[name]
+            res[net] = res.get(net, 0)+loss
         return res
 
 def _who_learns(t, terms):
@@ -342,10 +344,10 @@ def get_preds(self:DistillLearner,
         self._do_epoch_validate(dl=dl)
     res = walk(_joined, gather.batches)
     if idxs is not None: res = _in_order(res, torch.tensor(idxs).argsort())
-    preds,decoded = res.pop('preds', None),{}
-    if with_decoded: decoded = dict(decoded={n: self.answers[n].decodes(o) for n,o in preds.items() if n in self.answers})
+    preds = res.pop('preds', {})
+    if with_decoded: res['decoded'] = {n: self.answers[n].decodes(o) for n,o in preds.items() if n in self.answers}
     if act: preds = {n: act(o) for n,o in preds.items()}
-    parts = dict(preds=preds if with_preds else None, targs=res.get('targs')) | decoded | res
+    parts = dict(targs=None) | res | dict(preds=preds if with_preds else None)
     return tuple(parts[k] for k in ('inputs','preds','targs','decoded','losses') if k in parts)
 
 def _in_order(res, back):

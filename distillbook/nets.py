@@ -80,7 +80,9 @@ def _taken_apart(self:Nets, xb):
 
 def _plain(os):
     if isinstance(os, Mapping): return dict(zip(os, _plain(os.values())))
-    return [_plain(o) if isinstance(o, Mapping) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in os]
+    return [_plain(o) if isinstance(o, Mapping) else _plain_tensor(o) for o in os]
+
+def _plain_tensor(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else o
 
 @patch
 def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)
@@ -276,6 +278,7 @@ def _nowhere(self:Nets, address, outs):
     tapped = [a for t,o in self.taps.items() if address.startswith(f'{t}.') for a in addresses(o, t)]
     return unknown('output or module', address, addresses({name: outs[name]}) + modules + tapped)
 
+# %% ../nbs/learning/02_nets.ipynb #7944b17d
 @patch
 def tap(self:Nets, address:str, outs:dict):
     "Tap the module of `address` from the next batch on, unless it is among the outputs already"
@@ -321,19 +324,21 @@ def token_places(src, dst, grid, special):
     squares = None not in kinds and long!=short
     if grid is None and before is None and squares:
         if not any(kinds) or long%short==0:
-            raise UserError(f"{src[1]} and {dst[1]} tokens may be the places of two pictures or the frames of two lines: "
-                            "projector=partial(Projector, grid=True), or grid=False, says which")
+            raise UserError(f"{src[1]} and {dst[1]} tokens may be the places of two pictures or the frames of two "
+                            "lines: projector=partial(Projector, grid=True), or grid=False, says which")
         grid = True
     if not grid and not before: return None
     return TokenPlaces(before or kinds, grid or False)
 
+# %% ../nbs/learning/02_nets.ipynb #964c49b3
 def _special_beside_map(src, dst, grid):
     "How many tokens stand before the first place, found by their number and the form of the map"
     (n,picture),maps_in = ((dst[1], src[2:]), True) if len(src)==4 else ((src[1], dst[2:]), False)
-    sizes = {k: n-k for k in SPECIAL} if grid is None or grid is True else {0: n}
-    k = next((k for k,places in sizes.items() if grid_of(places, *picture)), 0 if grid not in (None,True) else None)
+    sizes = {k: n-k for k in SPECIAL}
+    if grid not in (None,True): return (0,0)
+    k = next((k for k,places in sizes.items() if grid_of(places, *picture)), None)
     if k is None:
-        raise UserError(f"{n} tokens are no grid of the form of a map {list(picture)}, with {SPECIAL} tokens before it: "
+        raise UserError(f"{n} tokens are no grid of the form of a map {list(picture)}, with {SPECIAL} before it: "
                         "projector=partial(Projector, grid=(rows, columns), special=1) says how they lie; "
                         "grid=False, that they are columns")
     return (0,k) if maps_in else (k,0)
@@ -369,8 +374,8 @@ class TokenPlaces:
         "Rows and columns of `n` places"
         if self.grid is False: return (1,n)
         size = grid_of(n, *like)
-        if size is None: raise UserError(f"{n} tokens are no grid of the form {list(like)}; say which: grid=(rows, columns)")
-        return size
+        if size: return size
+        raise UserError(f"{n} tokens are no grid of the form {list(like)}; say which: grid=(rows, columns)")
 
 # %% ../nbs/learning/02_nets.ipynb #1011e8d5
 class Projector(nn.Module):
@@ -379,13 +384,13 @@ class Projector(nn.Module):
         src, # Shape of the features that come in, batch first
         dst, # Shape that they are to get
         hidden:int=None, # Width of a hidden layer, which makes an MLP; default: one linear map
-        grid=None, # Are tokens the places of a picture? True, or (rows, columns); False: frames; default: see below
-        special=None, # Tokens before the first place: a number, or two, of `src` and of `dst`; default: see below
+        grid=None, # Are tokens places of a picture? True, or (rows, columns); False: frames; see above
+        special=None, # Tokens before the first place: a number, or (of `src`, of `dst`); default: see above
     ):
         super().__init__()
         if {len(src),len(dst)} not in ({2},{3},{4},{3,4}):
-            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], or [N,T,C] or [N,C,H,W] "
-                            "(a loss that takes differing shapes says so with shapes='any')")
+            raise UserError(f"no projector maps {list(src)} to {list(dst)}: both must be [N,C], "
+                            "or [N,T,C] or [N,C,H,W] (a loss that takes differing shapes says so with shapes='any')")
         c_in,c_out = [s[1] if len(s)==4 else s[-1] for s in (src, dst)]
         layer = partial(nn.Conv2d, kernel_size=1) if len(src)==4 else nn.Linear
         if hidden: self.channels = nn.Sequential(layer(c_in, hidden), nn.ReLU(), layer(hidden, c_out))
@@ -408,7 +413,7 @@ def resize(x, size, pool=F.adaptive_avg_pool2d, mode='bilinear'):
 # %% ../nbs/learning/02_nets.ipynb #e754d86d
 @patch
 def add_projector(self:Nets, name:str, src, dst,
-    make=Projector, # From the two shapes to a module, which is called with the features and those that they are to be like
+    make=Projector, # From the two shapes to a module, called with the features and those that they are to be like
 ):
     "A projector from shape `src` to `dst`, kept under `name`"
     if '_projectors' not in self._modules: self._modules['_projectors'] = nn.Module()

@@ -30,7 +30,7 @@ class Term:
         targets=None, # Positions of the targets that `fn` gets after the outputs, e.g. [0, 2]; default: see above
         weight=1., # A number, or a function of the progress of training, 0..1
         name:str=None, # For logs and plots; default: the function's name and the nets'
-        projector=None, # From two shapes to a module, e.g. partial(Projector, hidden=64); False: none; default: see below
+        projector=None, # From two shapes to a module, e.g. partial(Projector, hidden=64); False: none; see below
         **named, # Parameter of `fn` to the address of what goes into it
     ):
         if not callable(fn): raise UserError(f"a term's loss must be a function, not {fn!r}")
@@ -189,7 +189,8 @@ def _apart(self:Terms, t, ins)->bool:
 def _needs_no_connection(self:Terms, t, ins):
     "`UserError` if a term cannot be called before `connect`"
     try: apart = self._apart(t, ins)
-    except UserError as e: raise UserError(f"{e.message}; found by Terms.connect(xb, yb), which was not called") from None
+    except UserError as e:
+        raise UserError(f"{e.message}; found by Terms.connect(xb, yb), which was not called") from None
     if apart and t.name not in getattr(self.nets._modules.get('_projectors'), '_modules', {}):
         raise UserError(f"term {t.name!r} needs a projector: {t.addresses[0]} has shape {list(ins[0].shape)}, "
                         f"{t.addresses[1]} {list(ins[1].shape)}. Call Terms.connect(xb, yb), which makes it, "
@@ -273,8 +274,8 @@ def _answers(nets, xb):
         raise UserError(f"{name} fails on a batch {_shapes(xb)}: {type(e).__name__}: {e}") from e
 
 def _shapes(xb):
-    if len(xb)==1 and isinstance(xb[0], dict): return {k: list(o.shape) for k,o in xb[0].items() if isinstance(o, Tensor)}
-    return [list(o.shape) for o in xb if isinstance(o, Tensor)]
+    if len(xb)!=1 or not isinstance(xb[0], dict): return [list(o.shape) for o in xb if isinstance(o, Tensor)]
+    return {k: list(o.shape) for k,o in xb[0].items() if isinstance(o, Tensor)}
 
 # %% ../nbs/learning/03_terms.ipynb #075bc986
 @patch
@@ -313,7 +314,9 @@ def each(self:Term,
 )->Tensor: # [N], unweighted
     "The loss of each item of a batch by itself"
     n = next(len(o) for o in [*targets, *ins] if isinstance(o, Tensor) and o.ndim)
-    if len(ins)==1 and _can_leave_it(self.fn) and (losses := self._at_once(ins, targets, named)).shape==(n,): return losses
+    if len(ins)==1 and _can_leave_it(self.fn):
+        losses = self._at_once(ins, targets, named)
+        if losses.shape==(n,): return losses
     def row(o, i): return o[i:i+1] if isinstance(o, Tensor) and o.ndim and len(o)==n else o
     def one(i):
         named_i = {k: mapped(partial(row, i=i), v) for k,v in named.items()}
