@@ -151,7 +151,7 @@ def shown(
     rows = [[number(v) for v in row] for row in rows]
     return [row[0] if len(row)==1 else row for row in rows]
 
-# %% ../nbs/learning/04b_fastai.ipynb #f4cf5765
+# %% ../nbs/learning/04b_fastai.ipynb #ce1c59aa
 @patch
 def in_words(self:Habits, net:str, pred):
     "What a network says of each item, as one shows it"
@@ -162,7 +162,8 @@ def in_words(self:Habits, net:str, pred):
 def targets_in_words(self:Habits, targs):
     "The targets of each item, as one shows them"
     answer = next(iter(self.answers.values()), None)
-    y = targs[answer.position if answer else 0] if isinstance(targs, (tuple,list)) else targs
+    position = answer.position if answer else 0
+    y = targs[position] if isinstance(targs, (tuple,list)) else targs
     if y is None: return ['']*10**6
     if answer is None: return y.tolist()
     if answer.kind=='classes' and y.is_floating_point(): y = y.argmax(-1)
@@ -345,7 +346,7 @@ def rate_at(
     if rates.start: return float(even_mults(rates.start, rates.stop, n)[i]) if n>1 else rates.stop
     return rates.stop if i==n-1 else rates.stop/10
 
-# %% ../nbs/learning/04b_fastai.ipynb #d4ec29ed
+# %% ../nbs/learning/04b_fastai.ipynb #2c039c22
 @patch
 def with_rates_by_layer(self:Habits, make):
     "Make an optimiser by `make`, and teach it that a slice goes over layers"
@@ -358,12 +359,14 @@ def with_rates_by_layer(self:Habits, make):
     if isinstance(lr, slice): self.opt.set_hyper('lr', lr)
 
 def _set_by_layer(opt, depths, k, v):
-    "fastai's `set_hyper`, but a slice, or as many numbers as a network has layer groups, goes over the layers of each"
-    most = max(n for _,n in depths)
-    if isinstance(v, slice): v = [rate_at(v, i, n) for i,n in depths]
-    elif isinstance(v, (list,tuple,np.ndarray)) and len(v)==most!=len(depths) and {n for _,n in depths}<={1,most}:
-        v = [v[i if n>1 else -1] for i,n in depths]
-    type(opt).set_hyper(opt, k, v)
+    "fastai's `set_hyper`, but a slice goes over the layers of each network"
+    type(opt).set_hyper(opt, k, _by_depth(v, depths))
+
+def _by_depth(v, depths):
+    "A number for each group, of a slice or of as many numbers as the networks have layer groups"
+    if isinstance(v, slice): return [rate_at(v, i, n) for i,n in depths]
+    if not isinstance(v, (list,tuple,np.ndarray)) or len(v)==len(depths): return v
+    return [v[i if n>1 else -1] for i,n in depths] if {n for _,n in depths}<={1,len(v)} else v
 
 # %% ../nbs/learning/04b_fastai.ipynb #775a68fd
 @patch

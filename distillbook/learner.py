@@ -22,6 +22,7 @@ from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, detup
 from fastai.callback.all import MixHandler, TrackerCallback, LRFinder
 from .cache import CachedNet, WatchCache
 from .core import UserError, unknown
+from .graphs import QuickSteps
 from .habits import Habits, KeepBest, answers, rate_at, split_batch
 from .metrics import net_metrics, try_metrics
 from .nets import Nets, Targets, mapped
@@ -226,6 +227,7 @@ def distill_learner(
     cbs=None, # Callbacks
     groups=param_groups, # From `Nets` to a list of (network, whether it decays or its own decay, parameters)
     splitter=None, # From a network to lists of its parameters, first layers first; or `{name: splitter}`
+    compile:bool=None, # Record steps (None: on a GPU), compile blocks too (True), or run them plainly (False)?
     **learner_kwargs, # For fastai's `Learner`: `lr`, `wd`, `path`, ...
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
@@ -237,7 +239,8 @@ def distill_learner(
     try_metrics(columns, nets, xb, yb, outs)
     keep = [KeepBest(monitor)] if monitor else []
     learn = DistillLearner(dls, nets, loss, opt_func=opt_func, metrics=columns,
-                           cbs=[TermRecorder(), *L(cbs), *_cache_watchers(nets), *keep], **learner_kwargs)
+                           cbs=[TermRecorder(), QuickSteps(compile), *L(cbs), *_cache_watchers(nets), *keep],
+                           **learner_kwargs)
     learn.monitor,learn.grouping,learn.form = monitor,groups,_form(xb, yb)
     learn.split_layers_by(splitter)
     learn.answers = answers(loss.terms, nets, outs, yb)

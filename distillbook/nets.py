@@ -1,4 +1,4 @@
-"""Several networks on one batch, each under its name: the frozen ones really frozen, every inner layer within reach, shapes that disagree made to agree.
+"""Several named networks on one batch: frozen ones really frozen, and every inner layer within reach.
 
 Docs: https://distillbook.github.io/distillbook/learning/nets.html.md"""
 
@@ -31,6 +31,7 @@ class Nets(nn.Module):
         if not isinstance(nets, dict) or not nets:
             raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
         self.names,self.frozen,self.taps,self.tapped,self.keeps_batch = list(nets),set(),{},[],False
+        self.runner = None # Who runs the networks in their own place
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
         self.bf16 = {n for n in bf16 if self[n] is not None}
         self.unfreeze(*(n for n in nets if n not in frozen))
@@ -67,9 +68,14 @@ def forward(self:Nets,
     xb,targets = self._taken_apart(xb)
     self.taps.clear()
     if self.keeps_batch: self.taps['batch'] = xb
-    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
-    with self._tapping(): outs = {n: self._run(n, xb, targets) for n in frozen_first}
+    outs = self.runner(self, xb, targets) if self.runner else self.plain(xb, targets)
     return {n: outs[n] for n in self.names}
+
+@patch
+def plain(self:Nets, xb, targets)->dict:
+    "The networks one after another, frozen ones first"
+    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
+    with self._tapping(): return {n: self._run(n, xb, targets) for n in frozen_first}
 
 @patch
 def _taken_apart(self:Nets, xb):
@@ -183,7 +189,7 @@ def _tapping(self:Nets):
         yield
 
 @patch
-def __getstate__(self:Nets): return {**self.__dict__, 'taps': {}}
+def __getstate__(self:Nets): return {**self.__dict__, 'taps': {}, 'runner': None}
 
 # %% ../nbs/learning/02_nets.ipynb #f2a85596
 @patch
