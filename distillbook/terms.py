@@ -37,6 +37,7 @@ class Term:
         if not callable(weight) and not isinstance(weight, Real):
             raise UserError(f"a term's weight is a number or a function of progress, not {weight!r}")
         self.fn,self.addresses,self.weight,self.named = fn,addresses,weight,name is not None
+        self.where = '' # It was written, if in a file: for messages
         self.name = name or '_'.join([_fn_name(fn), *(a.partition('.')[0] for a in addresses)])
         self.targets = _positions(targets, self.name)
         self.wants_targets = 'targets' in _params(fn) and 'targets' not in getattr(fn, 'keywords', {})
@@ -150,14 +151,25 @@ def connect(self:Terms,
     with dry_run(self.nets):
         outs = _answers(self.nets.train(), xb)
         for t in self.terms:
-            for a in t.addresses: self.nets.tap(a, outs)
+            with _placed(t):
+                for a in t.addresses: self.nets.tap(a, outs)
         if self.nets.tapped: outs = self.nets(*xb)
-    for t in self.terms: self._bridge(t, outs)
+    for t in self.terms:
+        with _placed(t): self._bridge(t, outs)
     with dry_run(self.nets):
-        for t in self.terms: self._try(t, outs, yb)
+        for t in self.terms:
+            with _placed(t): self._try(t, outs, yb)
         outs = _answers(self.nets.eval(), xb)
         self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not self._all_there(t, outs)}
     return outs
+
+@contextmanager
+def _placed(t):
+    "What is wrong with a term is said with the place where it was written"
+    try: yield
+    except UserError as e:
+        if t.where: e.message = f'{t.where}: {e.message}'
+        raise
 
 @patch
 def _check_that_somebody_learns(self:Terms):

@@ -45,12 +45,13 @@ class CTCLabelEncode:
         character_dict_path:str=None, # See `read_characters`
         use_space_char:bool=False, # See `read_characters`
         lower:bool=False, # Small letters only? Without a dictionary it is so anyhow
+        whole:bool=False, # To measure against: mark what the dictionary lacks, see `ctc_label`
     ):
-        self.max_len,self.lower = max_text_length,lower or character_dict_path is None
+        self.max_len,self.lower,self.whole = max_text_length,lower or character_dict_path is None,whole
         self.classes = self.classes(read_characters(character_dict_path, use_space_char))
 
     def encode(self, text):
-        label,length = ctc_label(text, self.classes, self.max_len, self.lower)
+        label,length = ctc_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
     def __call__(self, sample, rng): return {**sample, **self.encode(sample['label'])}
@@ -60,10 +61,10 @@ class SARLabelEncode(CTCLabelEncode):
     "The text becomes classes for SAR: label and length"
     classes = SARClasses
     def encode(self, text):
-        label,length = sar_label(text, self.classes, self.max_len, self.lower)
+        label,length = sar_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
 class MultiLabelEncode(CTCLabelEncode):
     "The text becomes classes for both: label_ctc, label_sar and length"
     classes = SARClasses
-    def encode(self, text): return multi_label(text, self.classes, self.max_len, self.lower)
+    def encode(self, text): return multi_label(text, self.classes, self.max_len, self.lower, self.whole)
