@@ -302,13 +302,15 @@ def _way_out(changed):
     listed = ', '.join(names)
     return f"; if that is meant, say so: -o Global.accept=[{listed}] (in Python: Checkpoint(accept={names!r}))"
 
+def _are_dicts(state, *keys): return all(isinstance(state[k], dict) for k in keys)
+
 def _check_shape(state, path):
     "`UserError` if the counters of a state are no counters"
     best = state.get('best')
     if best is not None and (isinstance(best, bool) or not isinstance(best, (int,float))):
         raise UserError(f"{path}: {best!r} cannot be the best value of a run")
     numbers = [state['epoch'], -1 if state['batch'] is None else state['batch'], state.get('train_iter', 0)]
-    if any(type(o) is not int or not -1<=o<10**12 for o in numbers) or not isinstance(state['setup'], dict):
+    if any(type(o) is not int or not -1<=o<10**12 for o in numbers) or not _are_dicts(state, 'setup', 'frozen'):
         raise UserError(f"{path}: the counters in it are not those of a run (epoch {state['epoch']!r}, "
             f"batch {state['batch']!r})")
     batches = state['setup'].get(BATCHES)

@@ -209,13 +209,14 @@ def called(
     section:Section, # Where they were written
 ):
     "`entry(**values)`, with a clear word about what is wrong"
+    name = name_of(entry)
     with section.blame():
         try: return entry(**values)
         except UserError: raise
         except WRONG_ARGUMENTS as e:
             own = {k: v for k,v in values.items() if k in section.values}
             why = ' '.join(str(e).split())[:200]
-            raise UserError(f"{name_of(entry)} cannot be made of {own}: {why}") from e
+            raise UserError(f"{name} cannot be made of {own}: {why}") from e
 
 def build(
     entry, # A class or function
