@@ -1,5 +1,5 @@
 "What `train` and `eval` say at their start of what they were given, and what they refuse: frozen networks that nobody loaded, a finished run, another run, a second training in one folder"
-import json, logging, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from distillbook.checkpoint import load_file, save_file
@@ -8,8 +8,8 @@ from distillbook.core import UserError
 from distillbook.rec.decode import CTCDecoder, turned_round
 from distillbook.rec.labels import Alphabet
 from distillbook.use.given import frames_wanted, look_over, sentences
-from distillbook.use.training import alone_in, evaluate_sets, look_over_data, train
-from test_cli import CMD, ENV, fails, inside
+from distillbook.use.training import alone_in, train
+from test_cli import fails, inside
 
 NET = '{return_all_feats: true, Backbone: {name: PlainBackbone, channels: [8, 8, 8, 8]}, Neck: {name: SequenceEncoder, encoder_type: reshape}, Head: {name: CTCHead}}'
 YAML = f'''
@@ -210,7 +210,7 @@ def test_one_training_in_a_folder(run, inhome, tmp_path):
 def test_a_stale_best_state_is_put_aside(run, inhome, tmp_path):
     shutil.copytree(run[0], tmp_path/'run')
     old = load_file(tmp_path/'run/best_accuracy.pth')
-    learn = train(experiment(load_config('given.yml', [f'Global.save_model_dir={tmp_path}/run', 'Global.seed=5'])))
+    train(experiment(load_config('given.yml', [f'Global.save_model_dir={tmp_path}/run', 'Global.seed=5'])))
     new,aside = (load_file(tmp_path/f'run/{n}.pth')['model'] for n in ('best_accuracy','earlier_best_accuracy'))
     assert all(torch.equal(v, aside[k]) for k,v in old['model'].items()) and not all(torch.equal(v, new[k]) for k,v in aside.items())
 
@@ -293,3 +293,13 @@ def test_reading_from_the_right(name, key, says, home, tmp_path):
     ids = torch.tensor([[1,2,3]])
     reads,truths = decode(torch.eye(4)[ids], ids)
     assert reads[0][0]==truths[0][0]==says
+
+@pytest.mark.parametrize('height', [32, 320])
+def test_heights_that_a_backbone_can_take(height):
+    change = ['Global.character_dict_path=', 'Architecture.Models.Teacher.Backbone.scale=0.125', 'Architecture.Models.Student.Backbone.scale=0.125']
+    from distillbook.config.assembly import check_heights
+    from distillbook.config.networks import build_networks
+    cfg = load_config('rec/ppocrv3_distillation', change)
+    for o in cfg['Train']['dataset']['transforms']:
+        if 'RecResizeImg' in o: o['RecResizeImg']['image_shape'] = [3,height,320]
+    with pytest.raises(UserError, match=r'the backbone of \w+ makes no line of pictures \d+ pixels high; RecResizeImg.image_shape can be \[3, 48, width\]'): check_heights(cfg, build_networks(cfg))

@@ -6,8 +6,8 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'as_nets',
-           'frozen_elsewhere', 'model_with_weights', 'sources_of', 'check_teachers', 'experiment', 'ready_networks',
-           'build_learner', 'outline', 'example_batch']
+           'frozen_elsewhere', 'model_with_weights', 'sources_of', 'check_teachers', 'rows_of', 'check_heights',
+           'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -37,6 +37,7 @@ from ..use.released import TEACHERS, TeacherUnavailable, teacher_file
 from ..use.report import tracker_cbs
 from ..rec.decode import draw_reads
 from ..use.results import plot_found
+from ..use.evaluation import device_of
 from ..use.training import Experiment, Pictures, Run, learner, load_state, timed
 
 # %% ../../nbs/config/09_assembly.ipynb #6681855f
@@ -245,6 +246,30 @@ def check_teachers(
             "weights, and would teach what chance made of it: say which, or pretrained: none if that is meant",
             'pretrained')
 
+def rows_of(backbone, height:int)->int: # 0 where it fails
+    "How many rows a backbone's map has for pictures of a height"
+    was = backbone.training
+    try:
+        with torch.no_grad(): out = backbone.eval()(torch.zeros(1, 3, height, 64, device=device_of(backbone)))
+        return out.shape[2] if isinstance(out, torch.Tensor) and out.ndim==4 else 1
+    except Exception: return 0
+    finally: backbone.train(was)
+
+def check_heights(
+    config:dict, # The whole configuration
+    nets:Nets,
+):
+    "`UserError` with the heights that a recogniser can take, if it cannot take that of the pictures"
+    height = _picture_shape(config)[1] if task(config)=='rec' else None
+    for name in nets.names if isinstance(height, int) else ():
+        backbone = getattr(nets[name], 'backbone', None)
+        if backbone is None or rows_of(backbone, height)==1: continue
+        if not (good := [h for h in range(16, 161, 16) if rows_of(backbone, h)==1]): continue
+        near,heights = min(good, key=lambda h: abs(h-height)),', '.join(map(str, good))
+        raise Section(config, 'Train', 'dataset').refuse(f"the backbone of {name} makes no line of pictures {height} "
+            f"pixels high; RecResizeImg.image_shape can be [3, {near}, width] (of the heights tried: {heights})",
+            'transforms')
+
 # %% ../../nbs/config/09_assembly.ipynb #9ff1f5d6
 def experiment(
     config:dict, # From `load_config`
@@ -255,6 +280,7 @@ def experiment(
     set_seed(run.seed)
     with timed(run.seconds, 'networks'):
         nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))
+        check_heights(config, nets)
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
     terms = build_terms(config)
