@@ -63,8 +63,8 @@ def file_bytes(
     "What is in a file, if it is one that has an end"
     try:
         about = os.stat(path)
-        if stat.S_ISDIR(about.st_mode): raise UserError(f"{path}: this is a folder")
-        if not stat.S_ISREG(about.st_mode): raise UserError(f"{path}: not a file, but a device or a pipe")
+        is_one = stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)
+        if not is_one: raise UserError(f"{path}: not a file, but a device or a pipe")
         if about.st_size>most: raise UserError(f"{path}: {about.st_size:,} bytes, more than {most:,}")
         return Path(path).read_bytes()
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None

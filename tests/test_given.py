@@ -8,7 +8,7 @@ from distillbook.core import UserError
 from distillbook.rec.decode import CTCDecoder, turned_round
 from distillbook.rec.labels import Alphabet
 from distillbook.use.given import frames_wanted, look_over, sentences
-from distillbook.use.training import alone_in, train
+from distillbook.use.training import train
 from test_cli import fails, inside
 
 NET = '{return_all_feats: true, Backbone: {name: PlainBackbone, channels: [8, 8, 8, 8]}, Neck: {name: SequenceEncoder, encoder_type: reshape}, Head: {name: CTCHead}}'
@@ -197,15 +197,13 @@ def test_odd_values_in_a_sound_state(run, inhome, tmp_path, key, value):
     with pytest.raises(UserError, match='odd.pth|the state'): train(experiment(cfg))
 
 def test_one_training_in_a_folder(run, inhome, tmp_path):
-    child = subprocess.Popen([sys.executable, '-c', f'import fcntl,sys,time; f=open({str(tmp_path/".training")!r},"a+"); fcntl.lockf(f, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(100)'], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, '-c', f'import fcntl,sys,time; f=open({str(tmp_path/"train.log")!r},"a+"); fcntl.lockf(f, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(100)'], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline()=='locked\n'
         with pytest.raises(UserError, match='another training is running in this folder'): train(experiment(load_config('given.yml', [f'Global.save_model_dir={tmp_path}'])))
     finally:
         child.kill()
         child.wait()
-    with alone_in(tmp_path): assert (tmp_path/'.training').exists()
-    assert not (tmp_path/'.training').exists()
 
 def test_a_stale_best_state_is_put_aside(run, inhome, tmp_path):
     shutil.copytree(run[0], tmp_path/'run')

@@ -134,7 +134,7 @@ HOMES = { # Kind, or base, to the modules that may be named there without being 
     'loss': ('torch.nn.functional','distillbook.losses','distillbook.rec.losses','distillbook.rec.sar',
         'distillbook.det.losses'),
     'optimizer': ('torch.optim','distillbook.optim'), 'schedule': ('distillbook.schedules',),
-    'schedule of a weight': ()}
+    'schedule of a weight': ('fastai.callback.schedule',)}
 
 # %% ../../nbs/config/02_registry.ipynb #6956dd68
 from fastcore.basics import patch

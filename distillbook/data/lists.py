@@ -183,13 +183,14 @@ _META = struct.Struct('<16x II 16x I 44x 48x QQ') # Of a page: magic number, ver
 def _check_length(folder):
     "`UserError` for an LMDB that was cut: to read behind its end would end the program"
     path = Path(folder)/'data.mdb'
-    if not path.is_file(): raise UserError(f"{path}: not a file")
+    if not path.is_file(): raise UserError(f"{folder}: data.mdb is not a file")
     with open(path, 'rb') as f:
         metas = [m for m in (_meta(f, 0), *(_meta(f, 2**k) for k in range(9, 17))) if m]
         size = f.seek(0, 2)
-    if not metas: raise UserError(f"{path}: not an LMDB file")
+    if not metas: raise UserError(f"{folder}: data.mdb is not an LMDB file")
     _,_,page,last,_ = max(metas, key=lambda m: m[-1])
-    if size<(last+1)*page: raise UserError(f"{path}: cut short, {size:,} of {(last+1)*page:,} bytes are there")
+    if size<(last+1)*page:
+        raise UserError(f"{folder}: data.mdb is cut short, {size:,} of {(last+1)*page:,} bytes are there")
 
 def _meta(f, start):
     f.seek(start)

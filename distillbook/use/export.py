@@ -161,7 +161,7 @@ def _from_texts(texts): return {k: v.split('\n') if k=='character' else _from_te
 
 def _from_text(text):
     try: return json.loads(text)
-    except ValueError: return text
+    except (ValueError, RecursionError): return text
 
 # %% ../../nbs/use/06_export.ipynb #0036d23f
 def export_torch(

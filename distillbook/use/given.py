@@ -1,4 +1,4 @@
-"""Before a run begins, the lines and pages it was given are looked through, and what of them counts for nothing is said.
+"""Before a run begins, what it was given is looked through, and what of it counts for nothing is said.
 
 Docs: https://distillbook.github.io/distillbook/use/given.html.md"""
 
