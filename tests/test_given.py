@@ -292,12 +292,11 @@ def test_reading_from_the_right(name, key, says, home, tmp_path):
     reads,truths = decode(torch.eye(4)[ids], ids)
     assert reads[0][0]==truths[0][0]==says
 
-@pytest.mark.parametrize('height', [32, 320])
-def test_heights_that_a_backbone_can_take(height):
+def test_heights_that_a_backbone_can_take():
     change = ['Global.character_dict_path=', 'Architecture.Models.Teacher.Backbone.scale=0.125', 'Architecture.Models.Student.Backbone.scale=0.125']
     from distillbook.config.assembly import check_heights
     from distillbook.config.networks import build_networks
     cfg = load_config('rec/ppocrv3_distillation', change)
     for o in cfg['Train']['dataset']['transforms']:
-        if 'RecResizeImg' in o: o['RecResizeImg']['image_shape'] = [3,height,320]
-    with pytest.raises(UserError, match=r'the backbone of \w+ makes no line of pictures \d+ pixels high; RecResizeImg.image_shape can be \[3, 48, width\]'): check_heights(cfg, build_networks(cfg))
+        if 'RecResizeImg' in o: o['RecResizeImg']['image_shape'] = [3,320,320]
+    with pytest.raises(UserError, match=r'the backbone of \w+ makes no line of pictures \d+ pixels high; RecResizeImg.image_shape can be \[3, \d+, width\] .of the heights tried: (\d+, )*48'): check_heights(cfg, build_networks(cfg))

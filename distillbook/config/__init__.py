@@ -19,7 +19,8 @@ _names = dict(
     data='build_dls build_dl build_set build_evals',
     optimizer='build_optimizer lr_schedule',
     registry='trust made_for',
-    assembly='experiment outline ready_networks build_learner')
+    assembly='experiment outline ready_networks build_learner',
+    checker='refusals')
 HOMES = {home: names.split() for home,names in _names.items()}
 
 # %% ../../nbs/config/00_config.ipynb #c0f19005

@@ -48,6 +48,7 @@ class Run:
     threads:int=None # Of PyTorch; None: as they are
     device:str=None # E.g. 'cpu' or 'cuda'; None: a GPU if there is one
     precision:str=None # 'bf16' or 'fp16'; None: float32
+    compile:bool=None # Recorded steps (None: on a GPU), compiled ones too (True), or plain ones (False)
     log_every:int=10 # Steps from log line to log line
     log_window:int=20 # Steps whose median is logged
     eval_start:int=0 # Steps before evaluations begin
@@ -199,7 +200,8 @@ def line(self:LogLines, step):
 @patch
 def numbers(self:LogLines)->dict:
     "The median of each term, and the metric on this batch if that is wanted"
-    medians = {k: np.median([row[k].item() for row in self.recent]) for k in self.recent[-1]}
+    rows = [torch.stack([o.float().reshape(()) for o in row.values()]) for row in self.recent]
+    medians = dict(zip(self.recent[-1], np.median(torch.stack(rows).double().cpu(), 0)))
     return {**(self.score(self.pred, self.xb[:1]+tuple(self.yb)) if self.score else {}), **medians}
 
 # %% ../../nbs/use/03_training.ipynb #fa8fa1d2
@@ -392,7 +394,7 @@ def ctc_frames(
     exp:Experiment,
 )->int: # None where nothing is trained by CTC
     "How many frames the networks give for a picture of the training data"
-    if not _are_prepared(exp.dls.train): return None
+    if not _are_prepared(exp.dls.train) or not _are_alike(exp.dls.train): return None
     from distillbook.rec.losses import ctc_loss
     heads = [t.addresses[0] for t in exp.terms if _function_of(t) is ctc_loss]
     if not heads: return None
@@ -408,8 +410,17 @@ def _are_prepared(dl):
     "Are there operations on samples? Otherwise nothing is known of what they are"
     return hasattr(getattr(dl, 'dataset', None), 'ops')
 
+def _are_alike(dl):
+    "Have all pictures of a loader one width?"
+    from distillbook.data.loader import SampleDL
+    from distillbook.data.shards import ShardDL
+    from distillbook.rec.operations import RecResizeImg
+    one_size = any(isinstance(o, RecResizeImg) and not o.grow for o in dl.dataset.ops)
+    return one_size and type(dl) in (SampleDL,ShardDL) and not dl.buckets
+
 def _function_of(term): return getattr(term.fn, 'func', term.fn)
 
+# %% ../../nbs/use/03_training.ipynb #5214c6fe
 def leave_out_longer(dl, frames):
     "Let a loader leave out labels that so many frames cannot write"
     from distillbook.use.given import FitsFrames
@@ -458,7 +469,7 @@ def learner(
     if frames: leave_out_longer(dls.train, frames)
     if not rank_distrib(): exp.told = look_over_data(exp, frames)
     learn = distill_learner(dls, exp.nets, exp.terms, opt_func=exp.opt_func, groups=exp.groups, lr=exp.lr,
-        cbs=_callbacks(exp))
+        cbs=_callbacks(exp), compile=run.compile)
     _try_evaluation(exp)
     learn.remove_cbs(ProgressCallback)
     learn.logger = lambda *_: None
