@@ -6,9 +6,9 @@ Docs: https://distillbook.github.io/distillbook/use/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RANK', 'console', 'errors', 'app', 'CONFIG_HELP', 'OVERRIDE_HELP', 'CONFIG', 'RUN', 'OVERRIDE', 'JSON', 'DRAW',
-           'MORE', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'show_log', 'bar', 'say', 'cell', 'table',
-           'save_picture', 'load', 'load_trained', 'train', 'summary', 'short_count', 'lr_find', 'evaluate', 'predict',
-           'extract', 'export', 'read', 'compare', 'render', 'teachers', 'check']
+           'MORE', 'TRUST_HELP', 'TRUST', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'show_log', 'bar',
+           'say', 'cell', 'table', 'save_picture', 'load', 'load_trained', 'train', 'summary', 'short_count', 'lr_find',
+           'evaluate', 'predict', 'extract', 'export', 'read', 'compare', 'render', 'teachers', 'check']
 
 # %% ../nbs/use/08_cli.ipynb #170e2d03
 import json, logging, os, sys, warnings
@@ -18,13 +18,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from .core import UserError, one_line, unknown
+from .core import UserError, one_line, printable, unknown
 
 # %% ../nbs/use/08_cli.ipynb #7907b451
 if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ):
     os.environ |= dict(OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='10000')
-if '' not in sys.path and os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd()) # Modules of your own, for dotted paths
 RANK = int(os.environ.get('RANK', 0)) # Of several processes that torchrun or accelerate has started
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
@@ -54,7 +52,7 @@ def stop(message, status):
 # %% ../nbs/use/08_cli.ipynb #8347b861
 class _Lines(logging.Handler):
     "Log lines on the error stream, above a progress bar if there is one"
-    def emit(self, record): print(self.format(record), file=sys.stderr)
+    def emit(self, record): print(printable(self.format(record)), file=sys.stderr)
 
 def show_log():
     "Log lines on the error stream, where results are not"
@@ -81,17 +79,30 @@ JSON = typer.Option(False, '--json', help='JSON instead of a table')
 DRAW = typer.Option(None, '--draw', metavar='FILE.png', help='Draw it')
 MORE = dict(context_settings=dict(allow_extra_args=True))
 
+def _trust(modules):
+    "Before anything else: whose code may run, and where it is looked for"
+    with one_line_errors():
+        if not modules: return modules
+        from distillbook.config.registry import trust
+        if '' not in sys.path and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+        trust(*modules)
+        return modules
+
+TRUST_HELP = 'A module of your own, here or installed, whose classes and functions the configuration may name'
+TRUST = typer.Option([], '--trust', metavar='MODULE', help=TRUST_HELP, envvar='DISTILLBOOK_TRUST', callback=_trust,
+    is_eager=True, rich_help_panel='What')
+
 # %% ../nbs/use/08_cli.ipynb #e69eae55
-def say(line): console.print(line, highlight=False, soft_wrap=True, markup=False)
+def say(line): console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 def cell(value)->Text:
-    "A value as a table shows it"
+    "A value as a table shows it: text of others neither colours the terminal nor moves its cursor"
     if value is None or value!=value: return Text('')
-    return Text(f'{value:.5g}' if isinstance(value, float) else str(value))
+    return Text(f'{value:.5g}' if isinstance(value, float) else printable(value))
 
 def table(rows):
     "A list of dicts as a table"
-    t = Table(*(str(k) for k in rows[0])) if rows else Table()
+    t = Table(*map(cell, rows[0])) if rows else Table()
     for r in rows: t.add_row(*(cell(v) for v in r.values()))
     console.print(t)
 
@@ -130,7 +141,7 @@ AMP = dict(bf16=['Global.use_amp=true','Global.amp_dtype=bfloat16'],
 
 @app.command(**MORE)
 def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', help=CONFIG_HELP),
-    override:list[str]=OVERRIDE,
+    override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     amp:str=typer.Option(None, '--amp', metavar='bf16|fp16|no',
         help='Mixed precision, whatever the configuration says')):
     """Train the networks of a configuration.
@@ -163,8 +174,8 @@ def _train(cfg):
 
 # %% ../nbs/use/08_cli.ipynb #0fd15f92
 @app.command(**MORE)
-def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, draw:Path=DRAW,
-    as_json:bool=JSON):
+def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE,
+    trust:list[str]=TRUST, draw:Path=DRAW, as_json:bool=JSON):
     """Say what a configuration is: each network, its weights and its cost, and what each term connects.
 
     Example: distillbook summary -c ch_PP-OCRv3_det_cml.yml --draw cml.png
@@ -191,7 +202,7 @@ def short_count(n):
 
 # %% ../nbs/use/08_cli.ipynb #1efb16ad
 @app.command('lr-find', **MORE)
-def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
+def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     steps:int=typer.Option(100, '--steps', min=10, help='Of the trial'), draw:Path=DRAW, as_json:bool=JSON):
     """Find a learning rate for a configuration: train for a moment with ever higher rates, and keep nothing.
 
@@ -208,7 +219,8 @@ def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
 
 # %% ../nbs/use/08_cli.ipynb #afedc917
 @app.command('eval', **MORE)
-def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, as_json:bool=JSON):
+def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE,
+    trust:list[str]=TRUST, as_json:bool=JSON):
     """Measure the networks of a configuration on its Eval section.
 
     Examples: distillbook eval -c rec.yml -o Global.pretrained_model=output/best_accuracy
@@ -218,8 +230,10 @@ def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[
     with one_line_errors():
         cfg = load_trained(config, run, [*override, *ctx.args])
         from distillbook.config.assembly import ready_networks
-        from distillbook.use.training import evaluate_sets
-        got = evaluate_sets(ready_networks(cfg, evals=True), bar('measuring'))
+        from distillbook.use.training import evaluate_sets, look_over_data
+        exp = ready_networks(cfg, evals=True)
+        for line in look_over_data(exp): logging.getLogger('distillbook').info('%s', line)
+        got = evaluate_sets(exp, bar('measuring'))
         if list(got)==['eval']: got = got['eval']
         if as_json: return print(json.dumps(got))
         table(_numbers(got))
@@ -234,7 +248,7 @@ def _numbers(got):
 def predict(
     images:list[str]=typer.Argument(None, metavar='IMAGE...',
         help='Pictures of one line each, or for a detector of whole pages: files, folders or globs'),
-    run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, as_json:bool=JSON,
+    run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST, as_json:bool=JSON,
 ):
     """Read pictures of lines, or find the lines on pages, with what was trained.
 
@@ -281,8 +295,7 @@ def _table_of_texts(rows):
     named = any('network' in r for r in rows)
     t = Table('image', *(['network'] if named else []), 'text', 'confidence')
     for r in rows:
-        t.add_row(Text(r['image']), *([r['network']] if 'network' in r else []), Text(r['text']),
-            f"{r['confidence']:.3f}")
+        t.add_row(*(cell(r[k]) for k in ('image','network','text') if k in r), f"{r['confidence']:.3f}")
     return t
 
 def _table_of_boxes(rows):
@@ -292,7 +305,7 @@ def _table_of_boxes(rows):
         for net,boxes in r.items():
             if net=='image': continue
             mean = sum(o['score'] for o in boxes)/len(boxes) if boxes else None
-            t.add_row(Text(r['image']), '' if net=='boxes' else net, str(len(boxes)),
+            t.add_row(cell(r['image']), cell('' if net=='boxes' else net), str(len(boxes)),
                 '' if mean is None else f"{mean:.3f}")
     return t
 
@@ -303,7 +316,7 @@ def extract(ctx:typer.Context,
         help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
     net:str=typer.Option('Student', '--net', help='Which network'),
     out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'),
-    config:Path=CONFIG):
+    config:Path=CONFIG, trust:list[str]=TRUST):
     """Take one network's weights out of a run or a checkpoint.
 
     Examples: distillbook extract output/rec --net Student -o student.safetensors
@@ -332,7 +345,7 @@ NET_HELP = ("Which network, default Student, or the only one; 'all': every one; 
     "several, with commas between: see --ensemble")
 
 @app.command(**MORE)
-def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE,
+def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     net:str=typer.Option(None, '--net', help=NET_HELP), to:str=typer.Option('onnx', '--to', help='onnx or torch'),
     out:Path=typer.Option(None, '--out', metavar='FOLDER',
         help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
@@ -460,7 +473,7 @@ def teachers(as_json:bool=JSON):
 def check(
     files:list[str]=typer.Argument(..., metavar='FILE...',
         help='YAML files, folders of them, or names of configurations that come along'),
-    override:list[str]=OVERRIDE, as_json:bool=JSON):
+    override:list[str]=OVERRIDE, trust:list[str]=TRUST, as_json:bool=JSON):
     """Name everything in configurations that would be refused, with file and line. Data need not be here.
 
     Examples: distillbook check mine.yml

@@ -23,7 +23,7 @@ from ..rec.operations import at_size
 # %% ../../nbs/config/05_data.ipynb #113e56a8
 from .networks import characters, dictionary, existing, say_once, task
 from .registry import DATASETS, OPERATIONS, SAMPLERS, SimpleDataSet, arguments, build, called
-from .registry import parameters, takes_anything, typed
+from .registry import name_of, parameters, takes_anything, typed
 from .values import Config, Section, Trying
 
 # %% ../../nbs/config/05_data.ipynb #2c8c815c
@@ -57,7 +57,7 @@ def _made(factory, section, values):
         if key not in takes: continue
         with section.blame(key): values[key] = typed(takes[key], values[key])
     missing = [k for k,p in takes.items() if p.default is p.empty and k not in values]
-    if missing: raise section.refuse(f"{factory.__name__} needs {', '.join(missing)}")
+    if missing: raise section.refuse(f"{name_of(factory)} needs {', '.join(missing)}")
     return called(factory, values, section)
 
 def build_operations(
@@ -173,6 +173,8 @@ def build_set(
     seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
     operations,keep = build_operations(_with_resize(config, dataset), *dataset.path, 'transforms')
+    for o in operations:
+        if hasattr(o, 'whole'): o.whole = side[0]!='Train' # Labels that are only measured against keep what was dropped
     joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():

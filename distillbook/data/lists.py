@@ -8,11 +8,11 @@ Docs: https://distillbook.github.io/distillbook/data/lists.html.md"""
 __all__ = ['log', 'line_table', 'read_list', 'one_path', 'LabelFiles', 'label_files', 'LMDBLines', 'lmdb_lines', 'read_sample']
 
 # %% ../../nbs/data/00_lists.ipynb #cf0e3881
-import hashlib, json, logging, os, re
+import hashlib, json, logging, os, re, struct
 import numpy as np
 from pathlib import Path
 from fastcore.basics import patch, store_attr
-from ..core import UserError
+from ..core import UserError, file_bytes
 
 # %% ../../nbs/data/00_lists.ipynb #d2cb1057
 log = logging.getLogger('distillbook')
@@ -119,9 +119,8 @@ def read(self:LabelFiles,
     where = f"{where}: {path}"
     line = dict(where=where, path=path, label=label)
     if not picture: return line
-    try: return {**line, 'image': Path(path).read_bytes()}
-    except OSError as e: raise UserError(f"{where}: {e.strerror}") from None
-    except ValueError as e: raise UserError(f"{where}: {e}") from None
+    try: return {**line, 'image': file_bytes(path)}
+    except UserError as e: raise UserError(f"{where}: {e.message.removeprefix(f'{path}: ')}") from None
 
 # %% ../../nbs/data/00_lists.ipynb #77ad9e85
 def label_files(
@@ -174,9 +173,30 @@ def _lmdb_values(folder, *keys):
     path = os.path.realpath(folder)
     try:
         if path not in _open_lmdbs:
+            _check_length(folder)
             _open_lmdbs[path] = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
         with _open_lmdbs[path].begin() as t: return [t.get(k.encode()) for k in keys]
     except lmdb.Error as e: raise UserError(f"{folder}: {e}") from None
+
+_META = struct.Struct('<16x II 16x I 44x 48x QQ') # Of a page: magic number, version, page size, last page, transaction
+
+def _check_length(folder):
+    "`UserError` for an LMDB that was cut: to read behind its end would end the program"
+    path = Path(folder)/'data.mdb'
+    if not path.is_file(): raise UserError(f"{folder}: data.mdb is not a file")
+    with open(path, 'rb') as f:
+        metas = [m for m in (_meta(f, 0), *(_meta(f, 2**k) for k in range(9, 17))) if m]
+        size = f.seek(0, 2)
+    if not metas: raise UserError(f"{folder}: data.mdb is not an LMDB file")
+    _,_,page,last,_ = max(metas, key=lambda m: m[-1])
+    if size<(last+1)*page:
+        raise UserError(f"{folder}: data.mdb is cut short, {size:,} of {(last+1)*page:,} bytes are there")
+
+def _meta(f, start):
+    f.seek(start)
+    data = f.read(_META.size)
+    meta = _META.unpack(data) if len(data)==_META.size else (0,)*5
+    return meta if meta[0]==0xBEEFC0DE and 512<=meta[2]<=2**16 and start in (0, meta[2]) else None
 
 def _close_lmdbs():
     while _open_lmdbs: _open_lmdbs.popitem()[1].close()
@@ -220,7 +240,7 @@ def lmdb_lines(
     counts = [_lmdb_values(o, 'num-samples')[0] for o in folders]
     for o,n in zip(folders, counts):
         if n is None: raise UserError(f"{o}: no key num-samples")
-        if not n.isdigit(): raise UserError(f"{o}: {n!r} for num-samples")
+        if not n.isdigit() or len(n)>12: raise UserError(f"{o}: {n[:40]!r} for num-samples")
     counts = [int(n) for n in counts]
     if not sum(counts): raise UserError(f"{data_dir}: no lines (num-samples is 0)")
     return LMDBLines(folders, counts)

@@ -12,7 +12,7 @@ import cv2, glob, io
 import numpy as np
 from pathlib import Path
 from PIL import Image
-from ..core import UserError
+from ..core import UserError, file_bytes
 
 # %% ../../nbs/data/07_pictures.ipynb #12836e2c
 def decode(
@@ -49,8 +49,7 @@ def read_picture(
     path, # Of a picture
 )->np.ndarray: # uint8 BGR [h,w,3]; `UserError` if the file is missing, empty or no picture
     "A picture from a file"
-    try: data = Path(path).read_bytes()
-    except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
+    data = file_bytes(path)
     if not data: raise UserError(f"{path}: the file is empty")
     im = decode(data)
     if im is None: raise UserError(f"{path}: not a picture that OpenCV can read")

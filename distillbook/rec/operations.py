@@ -61,12 +61,13 @@ class CTCLabelEncode:
         character_dict_path:str=None, # See `read_characters`
         use_space_char:bool=False, # See `read_characters`
         lower:bool=False, # Small letters only? Without a dictionary it is so anyhow
+        whole:bool=False, # To measure against: mark what the dictionary lacks, see `ctc_label`
     ):
-        self.max_len,self.lower = max_text_length,lower or character_dict_path is None
+        self.max_len,self.lower,self.whole = max_text_length,lower or character_dict_path is None,whole
         self.classes = self.classes(read_characters(character_dict_path, use_space_char))
 
     def encode(self, text):
-        label,length = ctc_label(text, self.classes, self.max_len, self.lower)
+        label,length = ctc_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
     def __call__(self, sample, rng): return {**sample, **self.encode(sample['label'])}
@@ -76,14 +77,14 @@ class SARLabelEncode(CTCLabelEncode):
     "The text becomes classes for SAR: label and length"
     classes = SARClasses
     def encode(self, text):
-        label,length = sar_label(text, self.classes, self.max_len, self.lower)
+        label,length = sar_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
 class NRTRLabelEncode(CTCLabelEncode):
     "The text becomes classes for NRTR: label and length"
     classes = NRTRClasses
     def encode(self, text):
-        label,length = nrtr_label(text, self.classes, self.max_len, self.lower)
+        label,length = nrtr_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
 GUIDES = {None: SARClasses, 'SARLabelEncode': SARClasses, 'NRTRLabelEncode': NRTRClasses}
@@ -93,11 +94,12 @@ class MultiLabelEncode(CTCLabelEncode):
     def __init__(self,
         max_text_length:int, # Length of both padded rows
         character_dict_path:str=None, use_space_char:bool=False, # See `read_characters`
-        lower:bool=False, # See `CTCLabelEncode`
+        lower:bool=False, whole:bool=False, # See `CTCLabelEncode`
         gtc_encode:str=None, # One of `GUIDES`: for which head the second row is
     ):
         if gtc_encode not in list(GUIDES): raise unknown('encoder', gtc_encode, filter(None, GUIDES), 'gtc_encode')
         self.classes,self.second = GUIDES[gtc_encode],'label_gtc' if gtc_encode else 'label_sar'
-        super().__init__(max_text_length, character_dict_path, use_space_char, lower)
+        super().__init__(max_text_length, character_dict_path, use_space_char, lower, whole)
 
-    def encode(self, text): return multi_label(text, self.classes, self.max_len, self.lower, self.second)
+    def encode(self, text):
+        return multi_label(text, self.classes, self.max_len, self.lower, self.second, self.whole)

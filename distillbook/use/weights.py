@@ -6,10 +6,10 @@ Docs: https://distillbook.github.io/distillbook/use/weights.html.md"""
 
 # %% auto #0
 __all__ = ['PADDLE_LAYERS', 'ONNX_LEAVES', 'STAND_INS', 'NOT_WEIGHTS', 'PADDLE_LEAVES', 'log', 'WEIGHT_SUFFIXES', 'STATE_FILES',
-           'onnx_weights', 'creation_order', 'match_layers', 'WeightsFit', 'match_weights', 'fill_weights', 'check_fit',
-           'nets_in', 'onnx_state', 'load_onnx', 'read_pickle', 'read_pdparams', 'paddle_state', 'load_paddle',
-           'sub_net', 'weights_file', 'read_weights', 'load_weights', 'threshold_twin', 'load_released',
-           'paddle_arrays', 'save_weights', 'extract']
+           'WRAPPERS', 'COUNTED', 'onnx_weights', 'creation_order', 'match_layers', 'WeightsFit', 'match_weights',
+           'fill_weights', 'check_fit', 'nets_in', 'onnx_state', 'load_onnx', 'read_pickle', 'read_pdparams',
+           'paddle_state', 'load_paddle', 'sub_net', 'weights_file', 'read_weights', 'unwrapped', 'plain_names',
+           'load_weights', 'threshold_twin', 'load_released', 'paddle_arrays', 'save_weights', 'extract']
 
 # %% ../../nbs/use/01_weights.ipynb #8ec575ae
 import copy, logging, os, pickle, re
@@ -33,12 +33,14 @@ def onnx_weights(
     "The weights in an ONNX file that Paddle's exporter has written"
     from onnx import numpy_helper
     graph = _onnx_graph(path)
-    tensors = {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type=='Constant'}
+    constants = [n for n in graph.node if n.op_type=='Constant' and n.output and n.attribute]
+    tensors = {n.output[0]: n.attribute[0].t for n in constants}
     tensors |= {t.name: t for t in graph.initializer}
     tensors = {k: t for k,t in tensors.items() if re.fullmatch(r'\w+_\d+\.[wb]_\d', k)}
     for k,t in tensors.items():
         if t.data_location==t.EXTERNAL: raise UserError(f"{path}: {k} lies in another file, which is not read")
-    return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
+    try: return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
+    except Exception as e: raise UserError(f"{path}: a tensor in it is not what it says of itself ({e})") from None
 
 def _onnx_graph(path):
     import onnx
@@ -362,6 +364,29 @@ def read_weights(
     return _read(weights_file(path)).state
 
 # %% ../../nbs/use/01_weights.ipynb #b28174c1
+WRAPPERS = ('model','state_dict','model_state_dict','net','network','weights','params','module','state_dict_ema',
+    'ema_state_dict','model_ema','params_ema','ema')
+
+def unwrapped(
+    content, # Of a checkpoint of anybody's
+): # Names with tensors, if they are in it under one of the usual names; otherwise what was given
+    "The weights in what Lightning, timm, mmengine, torchdistill or a script of somebody's has saved"
+    if not isinstance(content, dict) or (content and all(isinstance(v, torch.Tensor) for v in content.values())):
+        return content
+    inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), None)
+    return content if inner is None else unwrapped(inner)
+
+COUNTED = ('n_averaged','steps','num_updates') # Beside the weights of a mean over time
+
+def plain_names(
+    state:dict, # Name to tensor
+)->dict:
+    "Names without what wrappers put before them: DataParallel and means over time `module.`, compiling `_orig_mod.`"
+    state = {k.replace('_orig_mod.', ''): v for k,v in state.items()}
+    weights = {k: v for k,v in state.items() if k not in COUNTED}
+    if not weights or not all(k.startswith('module.') for k in weights): return state
+    return plain_names({k.removeprefix('module.'): v for k,v in weights.items()})
+
 class _Stored(NamedTuple):
     "What a file holds"
     state:dict # Name to weight
@@ -371,13 +396,12 @@ class _Stored(NamedTuple):
 def _read(file):
     if file.suffix=='.onnx': return _Stored(onnx_weights(file))
     if file.suffix in ('.pdparams','.pdopt'): return _Stored(read_pdparams(file))
-    if file.suffix=='.safetensors': return _Stored(_read_safetensors(file))
+    if file.suffix=='.safetensors': return _Stored(plain_names(_read_safetensors(file)))
     content = read_checkpoint(file)
-    whole = isinstance(content, dict) and 'model' in content
-    state = _check_state(content['model'] if whole else content, file)
-    if not whole: return _Stored(state)
-    frozen = content.get('frozen')
-    return _Stored(state, content.get('net'), tuple(frozen) if isinstance(frozen, dict) else ())
+    state = plain_names(_check_state(unwrapped(content), file))
+    if not isinstance(content, dict) or 'model' not in content: return _Stored(state)
+    frozen,net = content.get('frozen'),content.get('net')
+    return _Stored(state, net if isinstance(net, str) else None, tuple(frozen) if isinstance(frozen, dict) else ())
 
 # %% ../../nbs/use/01_weights.ipynb #72a16630
 def _read_safetensors(file):
@@ -390,7 +414,7 @@ def _check_state(state, file):
     "The state, if it is names with tensors of plain numbers"
     if not isinstance(state, dict):
         raise UserError(f"{file}: weights with names are wanted, not a {type(state).__name__}")
-    no = f"{file}: not a file of weights"
+    no = f"{file}: not a file of weights (looked for as it is, and under {', '.join(WRAPPERS[:5])}, ...)"
     for k,v in state.items():
         if not (isinstance(k, str) and isinstance(v, torch.Tensor)):
             raise UserError(f"{no}: a {type(v).__name__} under {k!r}")
