@@ -366,7 +366,8 @@ def _by_depth(v, depths):
     "A number for each group, of a slice or of as many numbers as the networks have layer groups"
     if isinstance(v, slice): return [rate_at(v, i, n) for i,n in depths]
     if not isinstance(v, (list,tuple,np.ndarray)) or len(v)==len(depths): return v
-    return [v[i if n>1 else -1] for i,n in depths] if {n for _,n in depths}<={1,len(v)} else v
+    if not {n for _,n in depths}<={1,len(v)}: return v
+    return [v[i] if n>1 else v[-1] for i,n in depths]
 
 # %% ../nbs/learning/04b_fastai.ipynb #775a68fd
 @patch

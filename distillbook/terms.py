@@ -255,6 +255,7 @@ def connect(self:Terms,
 
 def _are_classes(yb): return bool(yb) and all(isinstance(y, Tensor) and not y.is_floating_point() for y in yb)
 
+# %% ../nbs/learning/03_terms.ipynb #5765d33f
 @contextmanager
 def _placed(t):
     "What is wrong with a term is said with the place where it was written"
