@@ -90,6 +90,7 @@ def _plain(os):
 
 def _plain_tensor(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else o
 
+# %% ../nbs/learning/02_nets.ipynb #01b18a6f
 @patch
 def want_targets(self:Nets)->bool: return any('targets' in self.wants(n) for n in self.names)
 
