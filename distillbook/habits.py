@@ -173,14 +173,15 @@ def targets_in_words(self:Habits, targs):
 @patch
 def in_numbers(self:Habits): return any(a.kind=='values' for a in self.answers.values())
 
-# %% ../nbs/learning/04b_fastai.ipynb #98c230f4
+# %% ../nbs/learning/04b_fastai.ipynb #ea9c6ed0
 @patch
 def predict(self:Habits, item,
     rm_type_tfms=None, # As fastai's, for data made of transforms
     with_input=False, # The item as the networks see it, first
 )->dict: # Network to what it says, that as a number or numbers, and the probabilities or values
     "What every network says of one item: as the data set has it, with or without its targets"
-    inp,preds,_ = self.get_preds(dl=self.loader_of(item, rm_type_tfms), with_input=True, reorder=False)
+    dl = self.loader_of(item, rm_type_tfms)
+    with self.no_bar(): inp,preds,_ = self.get_preds(dl=dl, with_input=True, reorder=False)
     res = {}
     for n in self.answers:
         probs = self.answers[n].activation(preds[n])
@@ -346,7 +347,7 @@ def rate_at(
     if rates.start: return float(even_mults(rates.start, rates.stop, n)[i]) if n>1 else rates.stop
     return rates.stop if i==n-1 else rates.stop/10
 
-# %% ../nbs/learning/04b_fastai.ipynb #2c039c22
+# %% ../nbs/learning/04b_fastai.ipynb #d62ab5d4
 @patch
 def with_rates_by_layer(self:Habits, make):
     "Make an optimiser by `make`, and teach it that a slice goes over layers"
@@ -366,8 +367,9 @@ def _by_depth(v, depths):
     "A number for each group, of a slice or of as many numbers as the networks have layer groups"
     if isinstance(v, slice): return [rate_at(v, i, n) for i,n in depths]
     if not isinstance(v, (list,tuple,np.ndarray)) or len(v)==len(depths): return v
-    if not {n for _,n in depths}<={1,len(v)}: return v
-    return [v[i] if n>1 else v[-1] for i,n in depths]
+    sizes = {n for _,n in depths}
+    if len(v) not in sizes or sizes-{1,len(v)}: return v
+    return [v[i if n>1 else -1] for i,n in depths]
 
 # %% ../nbs/learning/04b_fastai.ipynb #775a68fd
 @patch

@@ -747,3 +747,10 @@ def test_the_rest_works(tmp_path):
     learn.recorder.plot_loss(), learn.recorder.plot_sched()
     learn.save('x'), learn.load('x')
     assert 'Student' in str(learn.model) and (tmp_path/'history.csv').exists()
+
+def test_outputs_in_which_tensors_are_not_found_are_not_recorded():
+    "A recorded dataclass would have no gradient"
+    from distillbook.graphs import Graphed, Tape
+    net,x = nn.Linear(4,3),data()[0]
+    with pytest.raises(ValueError, match='a Out, in which'): Graphed(lambda: Out(net(x)), net.parameters(), Tape)
+    assert Graphed(lambda: dict(y=net(x)), net.parameters(), Tape)()['y'].requires_grad
