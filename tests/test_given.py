@@ -1,5 +1,5 @@
 "What `train` and `eval` say at their start of what they were given, and what they refuse: frozen networks that nobody loaded, a finished run, another run, a second training in one folder"
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from distillbook.checkpoint import load_file, save_file
@@ -9,7 +9,7 @@ from distillbook.rec.decode import CTCDecoder, turned_round
 from distillbook.rec.labels import Alphabet
 from distillbook.use.given import frames_wanted, look_over, sentences
 from distillbook.use.training import train
-from test_cli import fails, inside
+from test_cli import CMD, ENV, fails, inside, until
 
 NET = '{return_all_feats: true, Backbone: {name: PlainBackbone, channels: [8, 8, 8, 8]}, Neck: {name: SequenceEncoder, encoder_type: reshape}, Head: {name: CTCHead}}'
 YAML = f'''
@@ -300,3 +300,13 @@ def test_heights_that_a_backbone_can_take():
     for o in cfg['Train']['dataset']['transforms']:
         if 'RecResizeImg' in o: o['RecResizeImg']['image_shape'] = [3,320,320]
     with pytest.raises(UserError, match=r'the backbone of \w+ makes no line of pictures \d+ pixels high; RecResizeImg.image_shape can be \[3, \d+, width\] .of the heights tried: (\d+, )*48'): check_heights(cfg, build_networks(cfg))
+
+def test_a_signal_to_all_processes_saves_the_state(home, tmp_path):
+    "As `timeout 60 distillbook train` sends it: the processes that read lines live until the batch is done"
+    args = ['train', '-c', 'given.yml', '-o', f'Global.save_model_dir={tmp_path}/run', 'Global.epoch_num=100000', 'Train.loader.num_workers=2', 'Global.eval_batch_step=[0,1000000]']
+    p = subprocess.Popen([*CMD, *args], cwd=home, env=ENV, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until(lambda: (tmp_path/'run/train.log').exists() and 'global_step: 4,' in (tmp_path/'run/train.log').read_text(), p)
+    os.killpg(p.pid, signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode==130 and 'stopped by SIGTERM' in said and 'Traceback' not in said, said[-2000:]
+    assert load_file(tmp_path/'run/latest.pth')['epoch']>=1

@@ -163,6 +163,8 @@ def _backbone(arch, kind):
 # %% ../../nbs/config/03_networks.ipynb #02b55638
 def _timm(part, kind):
     own = {k: v for k,v in part.values.items() if k!='name'}
+    for k in ('checkpoint_path','pretrained_cfg','pretrained_cfg_overlay'): # timm would load and run what they name
+        if k in own: raise part.refuse("where timm finds its weights is not for a configuration to say", k)
     with part.blame():
         try: return TIMM[kind](part.get('name').removeprefix('timm.'), **own)
         except UserError: raise
