@@ -207,8 +207,14 @@ def is_output(self:Nets,
     except KeyError:
         modules = [f'{name}.{n}' for n,_ in self[name].named_modules() if n]
         if address in modules: return False
-        raise unknown('output or module', address, addresses({name: outs[name]}) + modules) from None
+        wrong = unknown('output or module', address, addresses({name: outs[name]}) + modules)
+        raise UserError(f'{wrong}{_hint(self[name], address)}') from None
     return True
+
+def _hint(net, address):
+    "What a network says of an output that is missed"
+    say = getattr(net, 'why_no_output', None)
+    return say(address.partition('.')[2]) if say else ''
 
 @patch
 def tap(self:Nets, address:str, outs:dict):

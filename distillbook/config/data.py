@@ -133,7 +133,7 @@ def build_set(
     dataset = Section(config).section(*side, 'dataset')
     seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
-    operations,keep = build_operations(config, *dataset.path, 'transforms')
+    operations,keep = _operations_for(source, config, dataset, side)
     joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():
@@ -144,6 +144,18 @@ def _before_joining(name, operations):
     "Through how many operations others go before one that joins them: PaddleOCR's numbers, or all that stand before it"
     paddle = dict(SimpleDataSet=2, LMDBDataSet=1)
     return paddle.get(name, next((i for i,o in enumerate(operations) if hasattr(o, 'ext_data_num')), 1))
+
+def _operations_for(source, config, dataset, side):
+    "The operations of a set and the names that they keep; without labels where there are none"
+    transforms = (*dataset.path, 'transforms')
+    if not getattr(source, 'unlabelled', False):
+        operations,keep = build_operations(config, *transforms)
+        for o in operations:
+            if hasattr(o, 'any_length'): o.any_length = side[0]!='Train'
+        return operations,keep
+    if side[0]!='Train': raise dataset.refuse("labels are wanted here: without them nothing can be measured", 'name')
+    keep = ['image', 'valid_ratio' if task(config)=='rec' else 'shape'] # fastai wants more than the picture
+    return build_operations(config, *transforms, keep=keep, skip=about_labels)
 
 # %% ../../nbs/config/05_data.ipynb #e0f4d67e
 LOADER_KEYS = ('shuffle','batch_size_per_card','drop_last','num_workers','buckets')

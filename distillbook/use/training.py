@@ -33,7 +33,7 @@ from ..nets import Nets
 from ..schedules import FollowSchedule
 from ..terms import dry_run
 from .evaluation import Accuracy, NetMetrics, by_network, evaluate, first_batch, fitting, highest
-from .evaluation import log, ms_per_image, say_faults
+from .evaluation import log, ms_per_image, refused, say_faults
 
 # %% ../../nbs/use/03_training.ipynb #5d04eaa9
 @dataclass
@@ -67,6 +67,7 @@ class Pictures:
     alphabet:object=None # `Alphabet` of recognisers
     prepare:object=None # From a picture's path to (array [C,H,W], the decoder's second value or None)
     draw:object=None # `draw(batch, answers, n)` gives a figure; None: `plot_answers`
+    width:int=None # To which a shorter line is padded, pixels
     show:int=9 # Samples in a figure
     cost_shape:tuple=None # Of the picture whose cost `summary` tells; None: `shape`, free sizes as in the batch
 
@@ -428,12 +429,15 @@ def evaluate_sets(
     exp:Experiment,
     bar=iter, # See `evaluate`
 )->dict: # `{set: {number: value}}`
-    "What the networks are worth on each evaluation set"
+    "What the networks are worth on each evaluation set, and how many lines were refused, if any"
     if not exp.evals: raise UserError("there is no data to evaluate")
     exp.nets.to(device_for(exp.run))
     res = {}
     for name,dl in exp.evals.items():
+        before = refused(dl)
         with fitting(f'an evaluation ({name})'): res[name] = evaluate(model_of(exp), dl, exp.decoder, exp.metric, bar)
+        out = refused(dl)-before
+        if out: res[name] |= dict(lines=len(dl.dataset), refused=out)
         say_faults(f'Eval ({name})', dl)
     return res
 
