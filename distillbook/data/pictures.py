@@ -1,4 +1,4 @@
-"""Reference: from the bytes of any picture file to an array, from a command line to a list of pictures, a clear word for what is none.
+"""Reference: from the bytes of any picture file to an array, and a clear word for what is no picture.
 
 Docs: https://distillbook.github.io/distillbook/data/pictures.html.md"""
 

@@ -1,4 +1,4 @@
-"""A student that can read learns something that it has not seen: another font, other letters. With its teacher or alone, and what it forgets on the way.
+"""A student that can read learns another font or other letters, and what it forgets on the way.
 
 Docs: https://distillbook.github.io/distillbook/use/finetune.html.md"""
 
