@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from .core import UserError, one_line, printable, unknown
 
@@ -109,7 +109,7 @@ def cell(value)->Text:
 
 def table(rows):
     "A list of dicts as a table"
-    t = Table(*map(cell, rows[0])) if rows else Table()
+    t = Table(*(Column(cell(k)) for k in rows[0])) if rows else Table()
     for r in rows: t.add_row(*(cell(v) for v in r.values()))
     console.print(t)
 

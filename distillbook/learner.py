@@ -306,7 +306,7 @@ class GatherPreds(Callback):
         self.batches.append({k: found[k] for k in self.wanted})
 
     def _preds(self): return self.pred
-    def _targs(self): return detuplify(self.yb) if len(self.yb) else None
+    def _targs(self): return detuplify(self.yb) if len(self.yb) and self.learn.form[1] else None
     def _inputs(self): return detuplify(tuple(o for o in self.xb if not isinstance(o, tuple)))
     def _losses(self):
         if not len(self.yb): raise UserError("with_loss: the loader gives no targets, so there is no loss")
@@ -458,7 +458,13 @@ def _listens(cb, event_name):
 def _split(self:DistillLearner, b):
     n_inp = getattr(self.dls, 'n_inp', None) or (self.form and self.form[0])
     self.xb,self.yb = split_batch(b, n_inp)
+    if self.form and not self.form[1] and not self.yb: self.yb = (_nothing_for(self.xb),)
     if get_model(self.model).want_targets(): self.xb = (*self.xb, Targets(self.yb))
+
+def _nothing_for(xb):
+    "Targets of a batch without any, [N,0]; fastai computes no loss where there are none at all"
+    x = next(o for o in (xb[0].values() if isinstance(xb[0], dict) else xb) if isinstance(o, torch.Tensor))
+    return x.new_empty(len(x), 0)
 
 @patch
 def _do_epoch_train(self:DistillLearner):

@@ -547,6 +547,18 @@ def test_a_batch_without_targets_says_so_where_they_are_wanted():
     dls = DataLoaders(*[torch.utils.data.DataLoader([dict(input_ids=w['input_ids']) for w in words()], batch_size=8)]*2)
     with pytest.raises(UserError, match='no targets'): learner([Term(cross_entropy,'Student.logits')], dls, dict(Teacher=Tokens(), Student=Tokens()))
 
+@pytest.mark.parametrize('kind', ('tuple', 'tensor', 'dict'))
+def test_data_without_labels_are_enough_for_a_teacher(kind):
+    x = data()[0]
+    ds = dict(tuple=TensorDataset(x), tensor=x, dict=[dict(x=o) for o in x])[kind]
+    learn = learner([KD], DataLoaders(*[torch.utils.data.DataLoader(ds, batch_size=16)]*2), monitor='valid_loss')
+    before = state(learn.net('Student'))
+    learn.fit(3, 1e-2)
+    assert not same(before, state(learn.net('Student'))) and learn.table().valid_loss.notna().all() and len(learn.parts())==9
+    preds,targs,losses = learn.get_preds(with_loss=True)
+    assert targs is None and losses['Student'].mean().item()==pytest.approx(learn.validate()[0], rel=1e-4) and preds['Student'].shape==(48,3)
+    learn.show_results(), learn.predict(dict(x=x[0]) if kind=='dict' else x[0])
+
 @pytest.mark.parametrize('f', (kd, dml, dist, cosine, distance, partial(distance, mode='l1'), partial(dml, symmetric=True)), ids=str)
 def test_masking_is_leaving_out(f):
     g = torch.Generator().manual_seed(1)

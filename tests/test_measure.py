@@ -82,7 +82,7 @@ def test_normalise_names_order(words, tmp_path):
         'PostProcess: {name: DistillationDBPostProcess, model_name: [N0]}\nMetric: {name: DistillationMetric, base_metric_name: DetMetric, key: N0}\n'
         'Eval:\n  dataset: {name: RenderedPages, pages: 1, height: 64, width: 96, transforms: [DetLabelEncode: , DetResizeForTest: , NormalizeImage: , ToCHWImage: , KeepKeys: {keep_keys: [image, shape, polys, ignore_tags]}]}\n'
         '  loader: {batch_size_per_card: 1, num_workers: 0}\n')
-    fails(inside('eval', '-c', config), 'order: hwc is right here')
+    fails(inside('eval', '-c', config), 'order: hwc is right here', after_log=True)
 
 def test_a_released_recogniser_gets_a_guide_head(caplog):
     "PP-OCRv3 was trained with SAR beside CTC, and released without"
