@@ -147,7 +147,7 @@ def det_args(folder, run, *more):
 @pytest.fixture(scope='module')
 def cml(folder):
     "A run of two detectors and a frozen one"
-    ok(*det_args(folder, 'cml', 'Architecture.Models.Teacher.pretrained=', 'Architecture.Models.Teacher.Neck.out_channels=8'))
+    ok(*det_args(folder, 'cml', 'Architecture.Models.Teacher.pretrained=none', 'Architecture.Models.Teacher.Neck.out_channels=8'))
     return folder/'cml'
 
 def test_detectors(cml, folder, gpu):
@@ -235,14 +235,14 @@ class Fails(Callback):
 def test_precisions_follow_the_networks(amp):
     "Not the machine: a run on the CPU has nothing of the GPU's"
     learn = getattr(small_learner(), amp)()
-    assert learn.cuda_precision.amp_mode.value==amp[3:]
+    assert learn.mixed_precision.amp_mode.value==amp[3:]
     quiet_fit(learn, 1)
     with pytest.raises(ZeroDivisionError): quiet_fit(learn, 1, cbs=Fails())
     assert not torch.is_autocast_enabled('cuda') and not torch.is_autocast_enabled('cpu')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = getattr(small_learner('cpu'), amp)()
-    assert not hasattr(learn, 'cuda_precision')
+    assert not hasattr(learn, 'mixed_precision')
     quiet_fit(learn, 1)
     assert learn.parts().notna().all(axis=None)
 
