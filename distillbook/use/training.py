@@ -493,7 +493,7 @@ def learner(
     _channels_last(exp.nets.to(device))
     dls = _own_part(exp.dls, device)
     if not len(dls.train): raise UserError("Train: fewer samples than one batch")
-    frames = ctc_frames(exp)
+    with _enough_to_train(exp): frames = ctc_frames(exp)
     if frames: leave_out_longer(dls.train, frames)
     if not rank_distrib(): exp.told = look_over_data(exp, frames)
     with _enough_to_train(exp):
