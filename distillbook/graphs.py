@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from fastai.basics import Callback, get_model, num_distrib
 from platformdirs import user_cache_dir
 from .core import one_line
+from .depthwise import Depthwise, wide_depthwise
 from .nets import Nets
 
 # %% ../nbs/learning/06b_graphs.ipynb #30811a52
@@ -455,11 +456,12 @@ class QuickSteps(Callback):
     def __init__(self,
         compile:bool=None, # See the table
         record=None, # What records a network; None: CUDA graphs on a GPU, and nothing elsewhere
-    ): self.compile,self.record,self.runner = compile,record,None
+    ): self.compile,self.record,self.runner,self.layers = compile,record,None,[]
 
     def before_fit(self):
         nets = get_model(self.learn.model)
         if self.compile is False or hasattr(self.learn, 'lr_finder'): return
+        self._swap_layers(nets)
         if num_distrib()>1:
             if self.compile: log.info('several ranks: steps are neither recorded nor compiled')
             return
@@ -472,7 +474,13 @@ class QuickSteps(Callback):
         if not record and not self.compile: return None
         return Runner(record, on_gpu, compiled=compile_blocks if self.compile else None)
 
+    def _swap_layers(self, nets):
+        on_cpu = next(nets.parameters()).device.type=='cpu'
+        self.layers = wide_depthwise(nets) if on_cpu and not self.compile else []
+        for m in self.layers: m.__class__ = Depthwise
+
     def cleanup(self):
-        get_model(self.learn.model).runner = None
+        for m in self.layers: m.__class__ = nn.Conv2d
+        get_model(self.learn.model).runner,self.layers = None,[]
         if self.runner: self.runner.close()
         self.runner = None

@@ -147,6 +147,7 @@ def connect(self:Terms,
 )->dict: # What the networks gave in evaluation mode
     "Try all terms on one batch: tap, project, and fail now on what would fail later"
     self._check_that_somebody_learns()
+    self.nets.brief = set()
     with dry_run(self.nets):
         outs = _answers(self.nets.train(), xb)
         for t in self.terms:
@@ -157,6 +158,7 @@ def connect(self:Terms,
         for t in self.terms: self._try(t, outs, yb)
         outs = _answers(self.nets.eval(), xb)
         self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not self._all_there(t, outs)}
+    self.nets.brief = self._read_in_use()
     return outs
 
 @patch
@@ -171,6 +173,14 @@ def _check_that_somebody_learns(self:Terms):
 def _mark(fn, name):
     "What a loss function says of itself, also through a `partial`"
     return _mark(fn.func, name) if isinstance(fn, partial) else getattr(fn, name, None)
+
+@patch
+def _read_in_use(self:Terms):
+    "Frozen networks of which the terms read only what they give in use"
+    readers = [(a.partition('.')[0], i>0 and _mark(t.fn, 'teacher_in_use')) for t in self.terms
+        for i,a in enumerate(t.addresses)]
+    read = {n for n,_ in readers} & self.nets.frozen
+    return {n for n in read if all(promised for m,promised in readers if m==n)}
 
 @patch
 def _all_there(self:Terms, t, outs):
