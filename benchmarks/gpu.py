@@ -14,7 +14,6 @@ and pictures. All ways of taking a step run in turns on the same networks; `plai
 Each job runs in a process that is begun anew when a job breaks it or hangs; what breaks is recorded with its error, and the others go on. `--small --device cpu`
 runs everything on tiny networks without a GPU, with the tape of the chapter on graphs in place of CUDA's, and says only that the program works."""
 import argparse, json, os, subprocess, sys, tempfile, threading, time, traceback
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from string import ascii_letters, digits
@@ -24,7 +23,7 @@ if __name__=='__main__' and '--device' in sys.argv and 'cpu' in sys.argv: os.env
 import numpy as np, torch
 from distillbook.config import build_model, build_terms, load_config
 from distillbook.graphs import Launches, Runner, compile_blocks, cuda_record, record_net
-from distillbook.nets import Nets, Targets
+from distillbook.nets import Targets
 from distillbook.terms import Terms
 
 CONFIGS = Path(__file__).parents[1]/'configs'
@@ -279,7 +278,7 @@ def layout(kind, precision, o):
 def learner(kind, precision, o):
     "Steps of `distill_learner` beside a bare loop's, both as they are by default"
     from fastai.basics import OptimWrapper
-    from benchmarks.speed import NoValid, make_learner, one_step
+    from benchmarks.speed import make_learner, one_step
     work = Work(kind, precision, o)
     opt_func = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True))
     learn = make_learner(work.nets, work.terms.terms, work.xb, work.yb, 2, opt_func)

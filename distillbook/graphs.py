@@ -24,7 +24,7 @@ from fastai.basics import Callback, get_model, num_distrib
 from platformdirs import user_cache_dir
 from .core import one_line
 from .depthwise import Depthwise, wide_depthwise
-from .nets import Nets
+from .nets import Nets, members
 
 # %% ../nbs/learning/06b_graphs.ipynb #30811a52
 log = logging.getLogger('distillbook')
@@ -101,6 +101,8 @@ class Graphed:
         self.forward,self.backward = tape(),tape()
         with torch.set_grad_enabled(bool(self.params)), self.forward: out = fn()
         leaves,self.form = tree_flatten(out)
+        odd = next((o for o in leaves if members(o)), None)
+        if odd is not None: raise ValueError(f"it returns a {type(odd).__name__}, in which tensors are not found again")
         moving = [o for o in leaves if isinstance(o, Tensor) and o.requires_grad]
         self.moves = [any(o is m for m in moving) for o in leaves]
         self.outs = [o.detach() if isinstance(o, Tensor) else o for o in leaves]
@@ -179,6 +181,8 @@ def _same_autocast(device):
     dtype,on = torch.get_autocast_dtype(kind),torch.is_autocast_enabled(kind)
     return torch.autocast(kind, dtype, enabled=on, cache_enabled=False)
 
+def _device(xb): return tree_flatten(list(xb))[0][0].device
+
 def _learning(nets, name):
     return [] if name in nets.frozen else [p for p in nets[name].parameters() if p.requires_grad]
 
@@ -205,7 +209,7 @@ def _no_waiting():
 def _run_once(nets, name, xb, targets):
     "Forward and back"
     params = _learning(nets, name)
-    with torch.set_grad_enabled(bool(params)), _same_autocast(xb[0].device):
+    with torch.set_grad_enabled(bool(params)), _same_autocast(_device(xb)):
         out = tree_flatten(_with_taps(nets, name, xb, targets))[0]
     moving = [o for o in out if isinstance(o, Tensor) and o.requires_grad]
     if moving: torch.autograd.grad(moving, params, [torch.zeros_like(o) for o in moving], allow_unused=True)
@@ -217,7 +221,7 @@ def cuda_record(nets, name, xb, targets, stream)->Graphed:
         _run_once(nets, name, xb, targets)
         with _no_waiting(): _run_once(nets, name, xb, targets)
     torch.cuda.current_stream().wait_stream(stream)
-    pool,generator = torch.cuda.graph_pool_handle(),torch.cuda.default_generators[xb[0].device.index or 0]
+    pool,generator = torch.cuda.graph_pool_handle(),torch.cuda.default_generators[_device(xb).index or 0]
     try: return record_net(nets, name, xb, targets, partial(CudaTape, pool, stream))
     except Exception:
         if hasattr(generator, 'graphsafe_set_state'): generator.graphsafe_set_state(generator.clone_state())
@@ -257,7 +261,7 @@ def _batch(leaves, form):
 
 # %% ../nbs/learning/06b_graphs.ipynb #13fa9dc7
 @patch
-def __call__(self:Recording, nets, leaves):
+def play_all(self:Recording, nets, leaves):
     "Outputs by network; what is tapped is put into the `taps` of `nets`"
     for place,o in zip(self.fixed, leaves): place.copy_(o, non_blocking=True)
     outs,taps = {},{}
@@ -304,7 +308,7 @@ def _run(self:Runner, nets, xb, targets):
         self.seen[key] += 1
         if self.seen[key]<=self.warm or not self._room(): return nets.plain(xb, targets)
         self.kept[key] = self._recorded(nets, leaves, form)
-    return self.kept[key](nets, leaves)
+    return self.kept[key].play_all(nets, leaves)
 
 # %% ../nbs/learning/06b_graphs.ipynb #391469e6
 @patch
@@ -316,7 +320,7 @@ def _with_blocks(self:Runner, xb):
         return
     self.blocks.on = True
     try:
-        with _same_autocast(xb[0].device): yield
+        with _same_autocast(_device(xb)): yield
     finally: self.blocks.on = False
 
 # %% ../nbs/learning/06b_graphs.ipynb #134c9861
@@ -438,7 +442,7 @@ def _compile(self:Runner, nets, xb, targets):
     make,self.compiled,start = self.compiled,None,time.perf_counter()
     self.blocks = make(nets)
     try:
-        with as_before(nets, xb[0].device), self._with_blocks(xb):
+        with as_before(nets, _device(xb)), self._with_blocks(xb):
             for name in nets.names: _run_once(nets, name, xb, targets)
     except Exception as e:
         self.blocks.remove()

@@ -163,13 +163,15 @@ def nrtr_loss(
     label_gtc, # [N,L] start sign, characters, end sign, padded with 0
     smoothing:bool=True, # Smooth the labels by .1?
     ignore_padding:bool=True, # Leave out the steps after the end sign?
+    ignore_index:int=0, # Which class counts as padding, without smoothing
 ): # Scalar, float32: the mean over the steps that count, 0 if there are none
     "Cross-entropy of a decoder that writes one character after another"
     logits, = upcast(logits)
     y,C = next_chars(logits, label_gtc),logits.shape[-1]
-    loss = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=0 if ignore_padding else -100,
+    if smoothing: ignore_index = 0
+    loss = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=ignore_index if ignore_padding else -100,
         label_smoothing=.1*C/(C-1) if smoothing else 0., reduction='sum')
-    return loss / ((y!=0).sum().clamp(min=1) if ignore_padding else y.numel())
+    return loss / ((y!=ignore_index).sum().clamp(min=1) if ignore_padding else y.numel())
 
 # %% ../../nbs/rec/06_losses.ipynb #79321e3f
 def gtc_kl(
@@ -184,8 +186,9 @@ def gtc_dkd(
     label_gtc, # [N,L] start sign, characters, end sign, padded with 0
     alpha:float=1., # Weight of the right class against the rest
     beta:float=1., # Weight of the rest among themselves
+    T:float=1., # Temperature
 ): # Scalar, float32
     "Decoupled distillation of two decoders, with gradients into both"
-    return dkd(student, teacher, next_chars(student, label_gtc), alpha=alpha, beta=beta, T=1., detach=False)
+    return dkd(student, teacher, next_chars(student, label_gtc), alpha=alpha, beta=beta, T=T, detach=False)
 
 gtc_kl.shapes = gtc_dkd.shapes = 'same'
