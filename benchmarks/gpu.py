@@ -14,6 +14,7 @@ and pictures. All ways of taking a step run in turns on the same networks; `plai
 Each job runs in a process that is begun anew when a job breaks it or hangs; what breaks is recorded with its error, and the others go on. `--small --device cpu`
 runs everything on tiny networks without a GPU, with the tape of the chapter on graphs in place of CUDA's, and says only that the program works."""
 import argparse, json, os, subprocess, sys, tempfile, threading, time, traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from string import ascii_letters, digits
@@ -123,11 +124,14 @@ class Way:
 
     def __enter__(self):
         self.work.nets.runner = self.runner
+        self.layers = nullcontext() if not self.depthwise else triton_layers(self.work.nets)
+        self.layers.__enter__()
         torch.backends.cudnn.benchmark = self.benchmark
         return self
 
     def __exit__(self, *_):
         self.work.nets.runner = None
+        self.layers.__exit__(None, None, None)
         torch.backends.cudnn.benchmark = False
 
     def failed(self):
@@ -139,6 +143,17 @@ class Way:
 
     def close(self):
         if self.runner: self.runner.close()
+
+
+def triton_layers(nets):
+    "Depthwise convolutions by Triton, if they compute here what PyTorch's do"
+    from benchmarks.depthwise import check, triton_depthwise
+    global wrong
+    if wrong is None: wrong = check('cuda')
+    if not wrong<1e-4: raise RuntimeError(f"Triton's depthwise convolutions are {wrong:.2g} from PyTorch's")
+    return triton_depthwise(nets)
+
+wrong = None # How far Triton's are from PyTorch's, once that is known
 
 
 def block_of(way, n):
@@ -248,7 +263,8 @@ def error_of(e):
 # ---- the jobs
 
 def ways_of(work):
-    return {'plain': Way(work), 'recorded': Way(work, record=True, streams=False), 'recorded, a stream each': Way(work, record=True)}
+    ways = {'plain': Way(work), 'recorded': Way(work, record=True, streams=False), 'recorded, a stream each': Way(work, record=True)}
+    return ways | ({'recorded, depthwise by Triton': Way(work, record=True, depthwise=True)} if work.device.type=='cuda' else {})
 
 
 def steps(kind, precision, o):

@@ -3,9 +3,9 @@ import copy, logging, pickle
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.basics import DataLoader, DataLoaders, OptimWrapper, set_seed
+from fastai.basics import DataLoader, DataLoaders, set_seed
 from distillbook import graphs
-from distillbook.graphs import Blocks, Graphed, Launches, QuickSteps, Runner, Tape, blocks, compile_blocks, record_net
+from distillbook.graphs import Launches, Runner, blocks, compile_blocks, record_net
 from distillbook.layers import conv_bn
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, kd
@@ -61,7 +61,7 @@ def test_shapes():
 
 def test_compiled():
     runner = Runner(record_net, compiled=partial(compile_blocks, backend='aot_eager'))
-    (a,was),(b,now) = steps(None, n=8),steps(runner, n=8)
+    (a,_),(b,now) = steps(None, n=8),steps(runner, n=8)
     assert a==pytest.approx(b, rel=1e-5) and runner.gave_up is None
     assert len(runner.blocks.parts)==2 # Two of the four are tapped
     runner.close()
