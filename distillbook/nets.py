@@ -32,6 +32,7 @@ class Nets(nn.Module):
             raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
         self.names,self.frozen,self.taps,self.tapped,self.keeps_batch = list(nets),set(),{},[],False
         self.runner = None # Who runs the networks in their own place
+        self.brief = set() # Frozen networks that answer as in use, since nobody reads more of them
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
         self.bf16 = {n for n in bf16 if self[n] is not None}
         self.unfreeze(*(n for n in nets if n not in frozen))
@@ -114,7 +115,8 @@ def _asks(forward): return {'targets','whole'} & set(inspect.signature(forward).
 @patch
 def _run(self:Nets, name, xb, targets):
     net,wants = self._modules[name],self.wants(name)
-    kwargs = {k: v for k,v in dict(targets=targets, whole=self.training).items() if k in wants}
+    whole = self.training and not (name in self.frozen and name in self.brief)
+    kwargs = {k: v for k,v in dict(targets=targets, whole=whole).items() if k in wants}
     if len(xb)==1 and isinstance(xb[0], Mapping): xb,kwargs = _by_name(net, xb[0], kwargs)
     try:
         if name not in self.frozen: return net(*xb, **kwargs)
