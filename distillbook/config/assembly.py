@@ -6,8 +6,8 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'as_nets',
-           'frozen_elsewhere', 'model_with_weights', 'sources_of', 'experiment', 'ready_networks', 'build_learner',
-           'outline', 'example_batch']
+           'frozen_elsewhere', 'model_with_weights', 'sources_of', 'begins_trained', 'experiment', 'ready_networks',
+           'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -202,6 +202,14 @@ def sources_of(
         return str(whole or own.get('pretrained') or begun or f"new (seed {seed})")
     return {name: source(name) for name in net_names(config)}
 
+def begins_trained(
+    config:dict, # The whole configuration
+)->bool:
+    "Does a network that learns begin with weights from elsewhere?"
+    g,models = config.get('Global') or {},config['Architecture'].get('Models') or {}
+    parts = [m for m in models.values() if isinstance(m, dict) and not m.get('freeze_params')]
+    return bool(g.get('pretrained_model') or any(m.get('pretrained') for m in parts))
+
 # %% ../../nbs/config/09_assembly.ipynb #6fdc4890
 def experiment(
     config:dict, # From `load_config`
@@ -209,6 +217,7 @@ def experiment(
     "Everything that a run needs, built"
     config = usable(config)
     run = run_settings(config)
+    run.eval_first = begins_trained(config) and not run.resume
     set_seed(run.seed)
     with timed(run.seconds, 'networks'):
         nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn, Tensor
 from ..cache import CachedNet, folded
 from ..core import UserError, write_beside
-from ..layers import paddle_batchnorm
+from ..layers import keep_statistics, paddle_batchnorm
 from ..nets import Nets, Targets
 
 # %% ../../nbs/config/03_networks.ipynb #70df5f20
@@ -401,13 +401,17 @@ def build_networks(
 )->nn.Module: # A `DistillationModel`, or a `RecModel` or `DetModel` where there is one network without a name
     "The networks of `Architecture`"
     names = net_names(config)
-    if 'Models' not in config['Architecture']: return _built(config, Section(config, 'Architecture'))
+    if 'Models' not in config['Architecture']: return _norms(config, _built(config, Section(config, 'Architecture')))
     made = {}
-    for name in names: made[name] = _one_net(config, name, made, load)
+    for name in names: made[name] = _norms(config, _one_net(config, name, made, load))
     frozen = [n for n in names if Section(config, 'Architecture', 'Models', n).read('freeze_params', bool, False)]
     model = DistillationModel(made, frozen, bf16=_flagged(config, 'bf16'))
     for name in _flagged(config, 'compile'): model[name].compile()
     return model
+
+def _norms(config, net):
+    "With statistics that stay, if `Global.keep_statistics` says so"
+    return keep_statistics(net) if Section(config).maybe('Global').read('keep_statistics', bool, False) else net
 
 # %% ../../nbs/config/03_networks.ipynb #b5978685
 def build_model(
