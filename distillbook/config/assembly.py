@@ -20,6 +20,7 @@ from ..checkpoint import load_file
 from ..core import UserError
 from ..data.operations import DecodeImage
 from ..data.sets import check_cacheable
+from ..data.shards import ShardDL
 from ..nets import Nets
 
 # %% ../../nbs/config/09_assembly.ipynb #6144596a
@@ -37,7 +38,8 @@ from ..use.released import TEACHERS, TeacherUnavailable, teacher_file
 from ..use.report import tracker_cbs
 from ..rec.decode import draw_reads
 from ..use.results import plot_found
-from ..use.training import Experiment, Pictures, Run, learner, load_state, timed
+from ..use.finetune import LabelCase
+from ..use.training import Experiment, Pictures, Run, learner, load_state, model_of, timed
 
 # %% ../../nbs/config/09_assembly.ipynb #6681855f
 log = logging.getLogger('distillbook')
@@ -229,7 +231,14 @@ def experiment(
         schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
+    if run.eval_first: exp.cbs = [*exp.cbs, *_label_watch(config, exp)]
     return exp
+
+# %% ../../nbs/config/09_assembly.ipynb #8c4e62e8
+def _label_watch(config, exp):
+    "A look at the case of the labels, where lines can be read one by one"
+    if task(config)!='rec' or isinstance(exp.dls.train, ShardDL): return []
+    return [LabelCase(model_of(exp), exp.decoder, exp.metric.key)]
 
 def _lr_section(config):
     optimizer = Section(config).section('Optimizer')
