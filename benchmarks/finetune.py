@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from benchmarks.quickstart import machine
 from distillbook.config import load_config
-from distillbook.config.assembly import experiment
+from distillbook.config.assembly import experiment, ready_networks
 from distillbook.config.data import build_dl
 from distillbook.core import write_beside
 from distillbook.rec.worn import WEAR, write_worn_lines
@@ -36,15 +36,21 @@ def chosen(data, kind, n, seed, folder):
     for part,some in (('train', lines[:cut]), ('val', lines[cut:n])): (folder/f'{part}.txt').write_text('\n'.join(some)+'\n', encoding='utf-8')
     return cut
 
-def worth(exp, config, data, kinds, tests):
-    "Accuracy of each network on the test lines of each kind"
+def worth(exp, a, data):
+    "Accuracy on the test lines of each kind"
     res = {}
-    for kind in kinds:
-        files = [f'Eval.dataset.data_dir={data/kind}', f'Eval.dataset.label_file_list=[{first(data/kind/"test.txt", tests)}]']
-        dl = build_dl(load_config(config, files), 'Eval')
-        got = evaluate(model_of(exp), dl, exp.decoder, exp.metric)
-        res[kind] = dict(before=round(got.get('Before_acc', got['acc']), 4), after=round(got['acc'], 4))
+    for kind in a.kinds:
+        files = [f'Eval.dataset.data_dir={data/kind}', f'Eval.dataset.label_file_list=[{first(data/kind/"test.txt", a.tests)}]']
+        dl = build_dl(load_config(a.config, [*a.o, *files]), 'Eval')
+        res[kind] = round(evaluate(model_of(exp), dl, exp.decoder, exp.metric)['acc'], 4)
     return res
+
+def kept(path, make):
+    "What was written, or else what is made now"
+    if not path.exists():
+        made = make()
+        with write_beside(path) as tmp: tmp.write_text(json.dumps(made))
+    return json.loads(path.read_text())
 
 def first(path, n):
     "The label file cut to its first lines"
@@ -64,17 +70,15 @@ def run(a, data, kind, n, seed):
     learn = train(exp)
     seconds = round(time.perf_counter()-start)
     return dict(kind=kind, lines=n, seed=seed, steps=learn.train_iter, best_step=learn.summary['best']['step'], seconds=seconds,
-        accuracy=worth(exp, a.config, data, a.kinds, a.tests))
+        accuracy=worth(exp, a, data))
 
-def table(rows):
-    "Points of accuracy won on lines of the same kind, and on others, lowest and highest over the seeds"
+def table(before, rows):
+    "Points of accuracy won on lines of each kind, a number a seed; `own` is the kind that was trained on"
     res = []
     for kind,n in dict.fromkeys((r['kind'], r['lines']) for r in rows):
         some = [r['accuracy'] for r in rows if (r['kind'], r['lines'])==(kind, n)]
-        own = [100*(o[kind]['after']-o[kind]['before']) for o in some]
-        others = {k: [100*(o[k]['after']-o[k]['before']) for o in some] for k in some[0] if k!=kind}
-        res.append(dict(kind=kind, lines=n, seeds=len(some), before=some[0][kind]['before'], own=[round(v, 1) for v in own],
-            others={k: [round(v, 1) for v in vs] for k,vs in others.items()}))
+        won = {k: [round(100*(o[k]-before[k]), 1) for o in some] for k in before}
+        res.append(dict(kind=kind, lines=n, own=won.pop(kind), others=won))
     return res
 
 def main():
@@ -94,18 +98,16 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     data = a.data or made(a.out/'lines', a.kinds, max(a.sizes), a.tests, a.upper)
+    before = kept(a.out/'before.json', lambda: worth(ready_networks(load_config(a.config, a.o)), a, data))
+    print(before, flush=True)
+    runs = [(kind, n, seed) for n in a.sizes for seed in a.seeds for kind in a.train]
     rows = []
-    for n in a.sizes:
-        for seed in a.seeds:
-            for kind in a.train:
-                path = a.out/f'{kind}_{n}_{seed}.json'
-                if not path.exists():
-                    got = run(a, data, kind, n, seed)
-                    with write_beside(path) as tmp: tmp.write_text(json.dumps(got))
-                rows.append(json.loads(path.read_text()))
-                print(json.dumps(rows[-1]), flush=True)
+    for kind,n,seed in runs:
+        rows.append(kept(a.out/f'{kind}_{n}_{seed}.json', lambda: run(a, data, kind, n, seed)))
+        won = {k: round(100*(v-before[k]), 1) for k,v in rows[-1]['accuracy'].items()}
+        print({k: v for k,v in rows[-1].items() if k!='accuracy'}, won, flush=True)
     command = ' '.join(['python -m benchmarks.finetune', *sys.argv[1:]])
-    result = dict(command=command, machine=machine(), threads=a.threads, table=table(rows), rows=rows)
+    result = dict(command=command, machine=machine(), threads=a.threads, before=before, table=table(before, rows), rows=rows)
     with write_beside(a.out/'finetune.json') as tmp: tmp.write_text(json.dumps(result, indent=1))
     for row in result['table']: print(row)
 

@@ -38,7 +38,7 @@ from ..use.released import TEACHERS, TeacherUnavailable, teacher_file
 from ..use.report import tracker_cbs
 from ..rec.decode import draw_reads
 from ..use.results import plot_found
-from ..use.finetune import LabelCase
+from ..use.finetune import Between, LabelCase
 from ..use.training import Experiment, Pictures, Run, learner, load_state, model_of, timed
 
 # %% ../../nbs/config/09_assembly.ipynb #6681855f
@@ -222,7 +222,7 @@ def experiment(
     run.eval_first = begins_trained(config) and not run.resume
     set_seed(run.seed)
     with timed(run.seconds, 'networks'):
-        nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))
+        nets = as_nets(_for_training(config, run))
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
     terms = build_terms(config)
@@ -232,9 +232,17 @@ def experiment(
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
     if run.eval_first: exp.cbs = [*exp.cbs, *_label_watch(config, exp)]
+    if _averages(config): exp.weights = Between(nets, _averages(config))
     return exp
 
 # %% ../../nbs/config/09_assembly.ipynb #8c4e62e8
+def _averages(config): return Section(config, 'Global').read('average_with_start', float, None, least=0)
+
+def _for_training(config, run):
+    "The networks as they begin; their own weights are not needed for a run that goes on, unless it averages with them"
+    if not run.resume or _averages(config): return build_model(config)
+    return build_networks(config, load=frozen_elsewhere(run.resume))
+
 def _label_watch(config, exp):
     "A look at the case of the labels, where lines can be read one by one"
     if task(config)!='rec' or isinstance(exp.dls.train, ShardDL): return []

@@ -91,6 +91,7 @@ class Experiment:
     sources:dict=field(default_factory=dict) # Network to where its weights come from
     example:tuple=None # (inputs, targets): a made-up batch for `summary`, where there is no data
     measured:dict=field(default_factory=dict) # What the weights were worth when they were saved
+    weights:object=nullcontext # A context with the weights that are measured and kept, e.g. `Between(nets)`
 
     def __post_init__(self):
         self.decoder,self.metric = self.decoder or highest,self.metric or NetMetrics(Accuracy, _student(self.nets))
@@ -117,9 +118,10 @@ class EvalEvery(Callback):
         indicator:str, # The number by which states are compared
         start:int=0, every:int=2000, # After step `start + every`, `start + 2*every`, ...
         first:bool=False, # Before the first step too?
+        weights=nullcontext, # See `Experiment`
     ):
-        self.evaluate,self.indicator,self.start,self.every,self.first = evaluate,indicator,start,every,first
-        self.rows = []
+        self.evaluate,self.indicator,self.weights,self.rows = evaluate,indicator,weights,[]
+        self.start,self.every,self.first = start,every,first
 
     @property
     def step(self): return self.epoch*self.n_iter + self.iter + 1
@@ -137,10 +139,15 @@ class EvalEvery(Callback):
 @patch
 def measure(self:EvalEvery, step, epoch):
     "Evaluate now, and save the state if it is the best"
-    numbers,checkpoint = self.evaluate(self.learn.dls.valid),self.learn.checkpoint
-    self.rows.append(dict(step=step, epoch=epoch, **numbers))
-    log.info('%s metric, %s', 'cur' if step else 'first', ', '.join(f'{k}: {v:.5g}' for k,v in numbers.items()))
-    value = numbers[self.indicator]
+    with self.weights():
+        numbers = self.evaluate(self.learn.dls.valid)
+        self.rows.append(dict(step=step, epoch=epoch, **numbers))
+        log.info('%s metric, %s', 'cur' if step else 'first', ', '.join(f'{k}: {v:.5g}' for k,v in numbers.items()))
+        self.keep_best(numbers)
+
+@patch
+def keep_best(self:EvalEvery, numbers):
+    value,checkpoint = numbers[self.indicator],self.learn.checkpoint
     if checkpoint.best is None or value>=checkpoint.best:
         checkpoint.check_weights(checkpoint.best_file)
         checkpoint.best = value
@@ -391,7 +398,7 @@ def _callbacks(exp):
     measure = partial(evaluate, model_of(exp), decoder=exp.decoder, metric=exp.metric, add_up=add_up)
     keep = Checkpoint(folder, 'best_accuracy', 'latest', run.eval_every, run.save_epochs, run.resume)
     lines = LogLines(run.log_every, run.log_window, _scorer(exp) if run.score_batches else None)
-    look = EvalEvery(measure, exp.metric.main_indicator, run.eval_start, run.eval_every, run.eval_first)
+    look = EvalEvery(measure, exp.metric.main_indicator, run.eval_start, run.eval_every, run.eval_first, exp.weights)
     earlier = Path(run.resume).parent/'metrics.csv' if run.resume else None
     table = [] if rank_distrib() else [MetricsCSV(folder/'metrics.csv', earlier)]
     follow = [FollowSchedule(exp.schedule)] if exp.schedule else []
