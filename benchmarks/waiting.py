@@ -11,7 +11,7 @@ import argparse, json, os, subprocess, sys
 from pathlib import Path
 from statistics import median
 
-SETTINGS = {'unset': {}, 'passive': dict(OMP_WAIT_POLICY='passive'), **{f'spin {n}': dict(GOMP_SPINCOUNT=str(n)) for n in (1000,10000,100000)}}
+SETTINGS = {'unset': {}, 'passive': dict(OMP_WAIT_POLICY='passive'), **{f'spin {n}': dict(GOMP_SPINCOUNT=str(n)) for n in (1000,10000,20000,30000,100000)}}
 BUSY = '''
 import os
 parent = os.getppid()

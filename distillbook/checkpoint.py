@@ -1,4 +1,4 @@
-"""Reference. The best network and the last state of a run, in files that are whole whatever happens, and a fit that goes on from them as if it had never stopped.
+"""Reference. The best network and the last state of a run, in whole files, and a fit that goes on from them.
 
 Docs: https://distillbook.github.io/distillbook/learning/checkpoint.html.md"""
 

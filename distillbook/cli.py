@@ -21,7 +21,8 @@ from rich.text import Text
 from .core import UserError, one_line, unknown
 
 # %% ../nbs/use/08_cli.ipynb #7907b451
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ):
+    os.environ |= dict(OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='10000')
 if '' not in sys.path and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd()) # Modules of your own, for dotted paths
 RANK = int(os.environ.get('RANK', 0)) # Of several processes that torchrun or accelerate has started

@@ -1,4 +1,4 @@
-"""Reference. Habits that the rest of the book leans on: a clear word for bad input, files that are whole or not there, memory that is not given away.
+"""Reference. Habits of the whole book: a clear word for bad input, whole files or none, memory kept.
 
 Docs: https://distillbook.github.io/distillbook/learning/core.html.md"""
 

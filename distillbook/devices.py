@@ -1,4 +1,4 @@
-"""Reference. The same `distillbook train` on two processes or two thousand: one batch cut into parts, gradients averaged, counts added up.
+"""Reference. The same command on two processes or many: a batch cut, gradients averaged, counts added up.
 
 Docs: https://distillbook.github.io/distillbook/learning/devices.html.md"""
 

@@ -1,4 +1,4 @@
-"""Reference. Layers that have names, the one layer in which PaddlePaddle counts differently, and one that stops counting.
+"""Reference. Layers with names, one in which PaddlePaddle counts differently, and one that stops counting.
 
 Docs: https://distillbook.github.io/distillbook/learning/layers.html.md"""
 

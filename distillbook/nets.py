@@ -1,4 +1,4 @@
-"""Several networks on one batch, each under its name: the frozen ones really frozen, every inner layer within reach, shapes that disagree made to agree.
+"""Several named networks on one batch: frozen ones really frozen, and every inner layer within reach.
 
 Docs: https://distillbook.github.io/distillbook/learning/nets.html.md"""
 

@@ -68,7 +68,8 @@ def test_summary(run):
     assert got['samples']==dict(train=72, near=20, far=12) and set(got['seconds'])=={'data','train','evaluate','pictures'}
     assert set(got['networks']['Student'])=={'parameters','ms_per_image','frozen','weights','near','far'} and got['networks']['Teacher']['parameters']==sum(p.numel() for p in exp.nets['Teacher'].parameters())
     assert got['networks']['Student']['near']['acc']==got['best']['value'] and got['best']['indicator']=='acc' and set(got['machine'])=={'device','threads','torch','distillbook'}
-    assert 'far: acc' in [c.header for c in show_summary(got).columns]
+    table = show_summary(got)
+    assert [c.header for c in table.columns]==['network','parameters','ms an image','set','acc'] and list(table.columns[3].cells)==['near','far']*2
 
 def test_config_is_written(run): assert (run[2]/'config.yml').read_text()=='Global:\n  epoch_num: 3\n'
 

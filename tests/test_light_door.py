@@ -27,6 +27,12 @@ def test_what_is_imported(line):
     assert not mods & set(HEAVY)
     assert not [m for m in mods if m.split('.')[:2] in [['distillbook', k] for k in ('rec', 'det', 'data', 'config', 'use', 'cli')]]
 
+@pytest.mark.parametrize('given,says', [({}, ['passive','10000']), (dict(OMP_WAIT_POLICY='active'), ['active','None']), (dict(GOMP_SPINCOUNT='7'), ['None','7'])])
+def test_the_commands_say_how_threads_wait_before_torch_is_there(given, says, monkeypatch):
+    for k in ('OMP_WAIT_POLICY','GOMP_SPINCOUNT'): monkeypatch.delenv(k, raising=False)
+    for k,v in given.items(): monkeypatch.setenv(k, v)
+    assert python('import os, sys, distillbook.cli; print(*map(os.environ.get, ["OMP_WAIT_POLICY","GOMP_SPINCOUNT"]), "torch" in sys.modules)')==[*says,'False']
+
 def test_the_losses_need_no_fastai(): assert not [m for m in loaded('from distillbook.losses import kd') if m.split('.')[0] in ('fastai', 'matplotlib', 'pandas')]
 
 def test_a_fit_where_nothing_of_ocr_is_installed():

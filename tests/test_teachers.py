@@ -3,6 +3,7 @@ import copy, pickle
 import numpy as np, onnxruntime as ort, pytest, torch
 from torch import nn
 from distillbook.cache import CachedNet
+from distillbook.checkpoint import state_hash
 from distillbook.core import UserError
 from distillbook.det.render import render_page
 from distillbook.losses import kd
@@ -43,7 +44,7 @@ def test_detectors_find(name):
 
 def test_onnx_net_is_frozen_and_can_be_copied():
     net = OnnxNet('PP-OCRv3_rec', threads=1)
-    assert not list(net.parameters()) and not net.state_dict()
+    assert not list(net.parameters()) and list(net.state_dict())==['_extra_state']
     y = net(X[:1])
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))): assert torch.equal(other(X[:1]), y)
     assert y.isfinite().all() and not y.requires_grad
@@ -51,6 +52,12 @@ def test_onnx_net_is_frozen_and_can_be_copied():
     assert not nets['Teacher'].training
     with pytest.raises(UserError, match='put its name into `frozen`'): copy.deepcopy(net).train()(X[:1])
     with pytest.raises(UserError, match='cannot run it on pictures'): net(torch.zeros(1,5,48,48))
+
+def test_its_state_says_which_file_it_is():
+    one,same,other = OnnxNet('PP-OCRv3_rec'),OnnxNet('PP-OCRv3_rec'),OnnxNet('PP-OCRv3_det')
+    assert state_hash(one)==state_hash(same)!=state_hash(other)
+    same.load_state_dict(one.state_dict())
+    with pytest.raises(UserError, match='is not the file that the state is of'): other.load_state_dict(one.state_dict())
 
 def test_gradients_pass_it_by():
     net,student = OnnxNet('PP-OCRv3_rec'),torch.randn(4,20,6625,requires_grad=True)

@@ -64,11 +64,12 @@ def check(text):
     cells,lines = read_cells(text),text.split('\n')
     stmts = [o for o in ast.walk(ast.parse(text)) if isinstance(o, ast.stmt)]
     code = [(c.first+i, l) for c in cells for i,l in enumerate(c.lines)]
-    broken = [Broken(i, 'long', f'{len(l)} characters') for i,l in code if len(l) > LINE]
+    summary = (1, lines[0]) # The chapter's sentence, as the module's docstring
+    broken = [Broken(i, 'long', f'{len(l)} characters') for i,l in [summary, *code] if len(l) > LINE]
     broken += [Broken(c.first, 'cell', f'a cell of {len(c.lines)} lines') for c in cells if len(c.lines) > CELL]
     broken = sorted({*broken, *(b for s in stmts for b in broken_by(s))})
     sizes = [len(c.lines) for c in cells] or [0]
-    figures = dict(code=sum(bool(l.strip()) for _,l in code), line=max((len(l) for _,l in code), default=0), cell=max(sizes), cells=len(cells),
+    figures = dict(code=sum(bool(l.strip()) for _,l in code), line=max(len(l) for _,l in [summary, *code]), cell=max(sizes), cells=len(cells),
         over20=sum(n > 20 for n in sizes), over40=sum(n > 40 for n in sizes), triples=sum(map(is_triple, stmts)))
     figures |= {k: sum(b.rule == k for b in broken) for k in ('long', 'dense', 'nested')}
     return figures, broken

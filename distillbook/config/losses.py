@@ -1,4 +1,4 @@
-"""PaddleOCR's rows of losses, each a function that makes terms; and one row, `Term`, that can say everything that Python can.
+"""PaddleOCR's loss rows, each a function that makes terms; and the row `Term`, which says all that Python can.
 
 Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 

@@ -1,4 +1,4 @@
-"""Backbone, neck and head by name, put together; several networks under names of their own; weights where the file says so.
+"""Backbone, neck and head by name, put together; several networks under their names; weights where the file says.
 
 Docs: https://distillbook.github.io/distillbook/config/networks.html.md"""
 

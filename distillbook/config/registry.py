@@ -1,4 +1,4 @@
-"""A name in a configuration means a class or a function. One plain table per kind says which, and what keys it takes is its signature.
+"""A name in a configuration means a class or a function: one table per kind, and its signature says its keys.
 
 Docs: https://distillbook.github.io/distillbook/config/registry.html.md"""
 

@@ -1,4 +1,4 @@
-"""A configuration is a file that somebody else wrote. Each value is read once, by one reader, and what is wrong with it is said with file, line and key.
+"""Each value of a configuration is read once, by one reader, and a fault is named with file, line and key.
 
 Docs: https://distillbook.github.io/distillbook/config/values.html.md"""
 

@@ -1,4 +1,4 @@
-"""Samples stacked, by as many processes as one likes, and the batches are the same to the last bit; from the middle of an epoch too.
+"""Samples stacked by as many processes as one likes; the batches are the same to the last bit.
 
 Docs: https://distillbook.github.io/distillbook/data/loader.html.md"""
 

@@ -1,4 +1,4 @@
-"""What happens to a sample between its source and the batch: one small change after another, each with its chance handed to it.
+"""What happens to a sample between source and batch: small changes one after another, each with its own chance.
 
 Docs: https://distillbook.github.io/distillbook/data/operations.html.md"""
 

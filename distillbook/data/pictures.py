@@ -1,4 +1,4 @@
-"""Reference: from the bytes of a file to an array, from a command line to a list of files, and a clear word for what is no picture.
+"""Reference: from the bytes of a file to an array, and a clear word for what is no picture.
 
 Docs: https://distillbook.github.io/distillbook/data/pictures.html.md"""
 

@@ -1,4 +1,4 @@
-"""Text that nobody has read before, in fonts that every installation has, drawn as ink: what lines and pages are rendered from.
+"""Text that nobody has read before, drawn as ink in fonts that every installation has.
 
 Docs: https://distillbook.github.io/distillbook/data/render.html.md"""
 

@@ -1,4 +1,4 @@
-"""A source and a list of operations make a data set. Its samples depend on three numbers only, and what is broken is counted and named.
+"""A source and a list of operations make a data set; what is broken is counted and named.
 
 Docs: https://distillbook.github.io/distillbook/data/sets.html.md"""
 

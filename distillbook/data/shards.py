@@ -1,4 +1,4 @@
-"""Lines that lie in a few large files one after another, read by many processes from front to back, each line once in an epoch.
+"""Lines in a few large files, read by many processes from front to back, each line once in an epoch.
 
 Docs: https://distillbook.github.io/distillbook/data/shards.html.md"""
 

@@ -1,4 +1,4 @@
-"""Flipped, turned, zoomed, cut to a window that severs no word, given words of another page: the picture changes, and the polygons go with it.
+"""Flipped, turned, zoomed, cut to a window that severs no word: the picture changes and its polygons go with it.
 
 Docs: https://distillbook.github.io/distillbook/det/augment.html.md"""
 

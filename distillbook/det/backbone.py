@@ -1,4 +1,4 @@
-"""One page in, four maps out, each half as fine as the one before: the residual networks and the MobileNets of PaddleOCR's text detectors.
+"""One page in, four maps out: the residual networks and the MobileNets of PaddleOCR's text detectors.
 
 Docs: https://distillbook.github.io/distillbook/det/backbone.html.md"""
 

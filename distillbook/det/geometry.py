@@ -1,4 +1,4 @@
-"""How large a polygon is, what it becomes when its edges move, and how much of it lies in another: asked of all words of a page at once.
+"""How large a polygon is, how it shrinks and grows, and how much of it lies in another, for all words at once.
 
 Docs: https://distillbook.github.io/distillbook/det/geometry.html.md"""
 

@@ -1,4 +1,4 @@
-"""Four maps of a page, from fine to coarse, become one: the pyramid, gates for its channels, and what a large kernel sees.
+"""Four maps of a page become one: the pyramid, gates for its channels, and what a large kernel sees.
 
 Docs: https://distillbook.github.io/distillbook/det/neck.html.md"""
 

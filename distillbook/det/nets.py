@@ -1,4 +1,4 @@
-"""The DB head and why a threshold can be learnt; whole detectors: those that PaddleOCR released, one that trains on two cores, and your own.
+"""The DB head and why a threshold can be learnt; whole detectors: those released, a small one, and your own.
 
 Docs: https://distillbook.github.io/distillbook/det/nets.html.md"""
 

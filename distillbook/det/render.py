@@ -1,4 +1,4 @@
-"""Words at several sizes and angles on textured pages, with the exact place of each: something to learn finding from, made on the spot.
+"""Words at several sizes and angles on textured pages, with the exact place of each, made on the spot.
 
 Docs: https://distillbook.github.io/distillbook/det/render.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a detector is asked to draw: words shrunk until they no longer touch, a ramp along their edges, and masks that say where neither counts.
+"""What a detector is asked to draw: shrunk words, a ramp along their edges, and masks of what does not count.
 
 Docs: https://distillbook.github.io/distillbook/det/targets.html.md"""
 

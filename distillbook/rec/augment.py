@@ -1,4 +1,4 @@
-"""Bent, cropped, blurred, reversed and joined to its neighbours: the same line in other pictures, so that a net learns the text and not the picture.
+"""Bent, cropped, blurred, reversed, joined to its neighbours: the same line in other pictures.
 
 Docs: https://distillbook.github.io/distillbook/rec/augment.html.md"""
 

@@ -1,4 +1,4 @@
-"""A picture 48 pixels high goes in, and out comes one column of numbers for every eight pixels of its width: PP-OCRv3's convolutions, a small student's, and those of any other network.
+"""A picture 48 pixels high goes in, a column of numbers for every eight pixels of its width comes out.
 
 Docs: https://distillbook.github.io/distillbook/rec/backbone.html.md"""
 

@@ -1,4 +1,4 @@
-"""The columns of a line look at one another: attention as PP-OCRv3 uses it, drawn over a word, and the recurrent network that PP-OCRv2 had in its place.
+"""The columns of a line look at one another: attention as in PP-OCRv3, and the recurrent net of PP-OCRv2.
 
 Docs: https://distillbook.github.io/distillbook/rec/neck.html.md"""
 

@@ -1,4 +1,4 @@
-"""Backbone, neck and heads put together: the released PP-OCRv3 recogniser in plain PyTorch, the same as PaddleOCR trains it, and a small student.
+"""Backbone, neck and heads put together: the released PP-OCRv3 recogniser in plain PyTorch, and a small student.
 
 Docs: https://distillbook.github.io/distillbook/rec/nets.html.md"""
 

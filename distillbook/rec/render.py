@@ -1,4 +1,4 @@
-"""Lines of text made on the spot, spoilt as a camera would spoil them, and handed to the nets in batches; and lines read from files.
+"""Lines of text made on the spot and spoilt as a camera would spoil them; and lines read from files.
 
 Docs: https://distillbook.github.io/distillbook/rec/render.html.md"""
 

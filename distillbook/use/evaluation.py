@@ -1,4 +1,4 @@
-"""What several networks are worth on data that they have not seen: their outputs decoded, each network measured by itself, and its speed.
+"""What several networks are worth on data they have not seen: decoded, measured one by one, and timed.
 
 Docs: https://distillbook.github.io/distillbook/use/evaluation.html.md"""
 

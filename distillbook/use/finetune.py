@@ -1,4 +1,4 @@
-"""A released reader made better at your own lines, and no worse at others; a student that learns another font or other letters.
+"""A released reader made better at your own lines, and no worse at others; a student that learns other letters.
 
 Docs: https://distillbook.github.io/distillbook/use/finetune.html.md"""
 

@@ -1,4 +1,4 @@
-"""A detector finds the lines, a recogniser reads them; between the two stand four small steps, and each can spoil the result.
+"""A detector finds the lines, a recogniser reads them; between the two stand four small steps that can fail.
 
 Docs: https://distillbook.github.io/distillbook/use/ocr.html.md"""
 

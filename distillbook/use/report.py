@@ -1,4 +1,4 @@
-"""What an experiment is before it has run, a rate to run it with, data to run it on, and runs side by side when they are over.
+"""What an experiment is before it runs, a rate and data to run it with, and runs side by side afterwards.
 
 Docs: https://distillbook.github.io/distillbook/use/report.html.md"""
 

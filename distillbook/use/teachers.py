@@ -12,6 +12,7 @@ __all__ = ['TASK_NAMES', 'onnx_session', 'OnnxNet', 'load_teacher', 'ReleasedRea
 import hashlib
 import numpy as np, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from ..cache import CachedNet
@@ -76,6 +77,14 @@ class OnnxNet(nn.Module):
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.start()
+
+# %% ../../nbs/use/02_teachers.ipynb #5d2c7a02
+@patch
+def get_extra_state(self:OnnxNet): return hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
+
+@patch
+def set_extra_state(self:OnnxNet, state):
+    if state!=self.get_extra_state(): raise UserError(f"{self.path} is not the file that the state is of")
 
 # %% ../../nbs/use/02_teachers.ipynb #fda5b6eb
 TASK_NAMES = dict(rec='recogniser', det='detector')

@@ -1,4 +1,4 @@
-"""A run, from built objects to a folder: evaluations, the best state, a log, checkpoints from which it goes on exactly, and a summary at the end.
+"""A run, from built objects to a folder: evaluations, best state, log, exact resume, and a summary at the end.
 
 Docs: https://distillbook.github.io/distillbook/use/training.html.md"""
 
@@ -667,14 +667,16 @@ def train(
 def show_summary(
     summary:dict, # What `summary.json` holds
 ):
-    "The summary as a `rich` table: a row a network, and of each set every number"
+    "The summary as a `rich` table: a row for each network and set"
     from rich.table import Table
     nets = summary['networks']
     sets = [s for s in summary['samples'] if s!='train']
-    columns = list(dict.fromkeys((s,k) for row in nets.values() for s in sets for k in row.get(s, {})))
-    table = Table('network', 'parameters', 'ms an image', *(f'{s}: {k}' for s,k in columns))
+    columns = list(dict.fromkeys(k for row in nets.values() for s in sets for k in row.get(s, {})))
+    table = Table('network', 'parameters', 'ms an image', 'set', *columns)
     for n,row in nets.items():
-        numbers = (row.get(s, {}).get(k) for s,k in columns)
-        shown = ['' if v is None else f'{v:.3f}' for v in numbers]
-        table.add_row(n, f"{row['parameters']:,}", f"{row['ms_per_image']:.2f}", *shown)
+        about = [n, f"{row['parameters']:,}", f"{row['ms_per_image']:.2f}"]
+        for s in [s for s in sets if s in row] or ['']:
+            numbers = row.get(s, {})
+            table.add_row(*about, s, *(f'{numbers[k]:.3f}' if k in numbers else '' for k in columns))
+            about = ['']*3
     return table
