@@ -1,4 +1,4 @@
-"""Lines as paper has them after a fax machine, a till or a wallet: a set to try fine-tuning on, without anybody's receipts.
+"""Lines as a fax machine, a till or a wallet leaves them: a set to try fine-tuning on, and nobody's receipts.
 
 Docs: https://distillbook.github.io/distillbook/rec/worn.html.md"""
 
