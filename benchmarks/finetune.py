@@ -13,6 +13,7 @@ from benchmarks.quickstart import machine
 from distillbook.config import load_config
 from distillbook.config.assembly import experiment, ready_networks
 from distillbook.config.data import build_dl
+from distillbook.config.evaluation import build_metric
 from distillbook.core import write_beside
 from distillbook.rec.worn import WEAR, write_worn_lines
 from distillbook.use.evaluation import evaluate
@@ -41,8 +42,8 @@ def worth(exp, a, data):
     res = {}
     for kind in a.kinds:
         files = [f'Eval.dataset.data_dir={data/kind}', f'Eval.dataset.label_file_list=[{first(data/kind/"test.txt", a.tests)}]']
-        dl = build_dl(load_config(a.config, [*a.o, *files]), 'Eval')
-        res[kind] = round(evaluate(model_of(exp), dl, exp.decoder, exp.metric)['acc'], 4)
+        config = load_config(a.config, [*a.o, *files])
+        res[kind] = round(evaluate(model_of(exp), build_dl(config, 'Eval'), exp.decoder, build_metric(config))['acc'], 4)
     return res
 
 def kept(path, make):
