@@ -16,7 +16,7 @@ from ..core import UserError, unknown
 from ..data.render import draw_line, font_files, pseudo_word
 
 # %% ../../nbs/rec/01b_worn.ipynb #e9df8f83
-LINES = ('{count} x {name} {price}', '{name} {price}', '{sum} {coin}{price}', 'Tel: {day}-{four} {four}',
+LINES = ('{count} x {name} {price}', '{name} {price}', '{sum} {coin}{price}', 'Tel: {day}-{four} {code}',
     'Date: {day}/{month}/20{year} {hour}:{minute}', 'No. {count}{day}, {name} Street',
     '{NAME} {firm}', '{paper} #{code}')
 NUMBERS = dict(day=28, month=12, year=24, hour=23, minute=59) # The highest of each; they have two digits
@@ -41,11 +41,11 @@ def fax(
     rng:np.random.Generator,
 )->np.ndarray: # uint8 [h,w] of other sizes
     "Two grey levels, few pixels, some of them wrong"
-    h = int(rng.integers(13, 20))
+    h = int(rng.integers(17, 26))
     small = cv2.resize(im, (max(1, im.shape[1]*h//im.shape[0]), h), interpolation=cv2.INTER_AREA)
     level = rng.uniform(150, 215)
-    black = small + rng.normal(0, 30, small.shape) < level
-    return np.where(black ^ (rng.random(black.shape)<rng.uniform(0, .03)), 0, 255).astype(np.uint8)
+    black = small + rng.normal(0, 25, small.shape) < level
+    return np.where(black ^ (rng.random(black.shape)<rng.uniform(0, .012)), 0, 255).astype(np.uint8)
 
 def thermal(
     im:np.ndarray, rng:np.random.Generator, # See `fax`
