@@ -1,4 +1,4 @@
-"""Here the dict dies: what goes on from this chapter is networks, terms, loaders, a decoder and a metric, and nobody after it sees a key.
+"""Here the dict ends: what goes on is networks, terms, loaders, a decoder and a metric, and no key.
 
 Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
