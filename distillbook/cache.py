@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastai.basics import Callback
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .core import UserError
+from .reparam import fuse
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -177,6 +178,7 @@ def _arrays(kinds, body):
 # %% ../nbs/learning/10_cache.ipynb #84c9a49e
 class CachedNet(nn.Module):
     "A frozen network that is asked only once about the same input"
+    on_host = True # A step that has it cannot be recorded whole
     def __init__(self,
         net:nn.Module, # From one tensor, batch first, to a tensor or a dict of tensors, batch first
         path, # Where the answers are kept
@@ -249,8 +251,8 @@ IN_VAIN = ("a CachedNet found none of an epoch's pictures among those kept from 
 def folded(
     net:nn.Module, # In it, `nn.Sequential`s with a BatchNorm2d right after a Conv2d
 )->nn.Module: # A copy for evaluation
-    "A network with its BatchNorms folded into the convolutions before them"
-    net = copy.deepcopy(net).eval()
+    "A network with its branches added up and its BatchNorms folded into the convolutions before them"
+    net = fuse(copy.deepcopy(net).eval())
     for m in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for (a,conv),(b,bn) in pairwise(list(m.named_children())):
             if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d): continue

@@ -1,4 +1,4 @@
-"""Thirteen commands: train, measure, read; take networks out, export them, look at runs; make data.
+"""Fourteen commands: check, train, measure, read; take networks out, export them, look at runs; make data.
 
 Docs: https://distillbook.github.io/distillbook/use/cli.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://distillbook.github.io/distillbook/use/cli.html.md"""
 __all__ = ['RANK', 'console', 'errors', 'app', 'CONFIG_HELP', 'OVERRIDE_HELP', 'CONFIG', 'RUN', 'OVERRIDE', 'JSON', 'DRAW',
            'MORE', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'show_log', 'bar', 'say', 'cell', 'table',
            'save_picture', 'load', 'load_trained', 'train', 'summary', 'short_count', 'lr_find', 'evaluate', 'predict',
-           'extract', 'export', 'read', 'compare', 'render', 'teachers']
+           'extract', 'export', 'read', 'compare', 'render', 'teachers', 'check']
 
 # %% ../nbs/use/08_cli.ipynb #170e2d03
 import json, logging, os, sys, warnings
@@ -454,6 +454,51 @@ def teachers(as_json:bool=JSON):
             t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}",
                 here)
         console.print(t)
+
+# %% ../nbs/use/08_cli.ipynb #e94c378a
+@app.command()
+def check(
+    files:list[str]=typer.Argument(..., metavar='FILE...',
+        help='YAML files, folders of them, or names of configurations that come along'),
+    override:list[str]=OVERRIDE, as_json:bool=JSON):
+    """Name everything in configurations that would be refused, with file and line. Data need not be here.
+
+    Examples: distillbook check mine.yml
+
+    distillbook check configs -o Global.epoch_num=1    (a row for each file; the exit status is 1 if one is refused)
+    """
+    with one_line_errors():
+        logging.getLogger('distillbook').setLevel(logging.ERROR)
+        from distillbook.config.checker import report
+        paths = [p for f in files for p in _yaml_files(f)]
+        rows = [report(p, override) for p in bar('checking')(paths)]
+        if as_json: print(json.dumps(rows, ensure_ascii=False))
+        else: _show_reports(rows)
+        if any(r['refusals'] for r in rows): raise typer.Exit(1)
+
+def _yaml_files(name):
+    "A file, or those of a folder"
+    if not Path(name).is_dir(): return [name]
+    found = sorted(p for p in Path(name).rglob('*') if p.suffix in ('.yml','.yaml'))
+    if not found: raise UserError(f"{name}: no .yml or .yaml in this folder")
+    return found
+
+# %% ../nbs/use/08_cli.ipynb #01d9f403
+def _show_reports(rows):
+    for r in rows:
+        for o in r['refusals']: say(o['message'])
+    refused = sum(bool(r['refusals']) for r in rows)
+    if len(rows)==1:
+        for key,paths in rows[0]['missing'].items(): say(f"not here: {key}: {', '.join(paths)}")
+        return say(f"{rows[0]['file']}: {_refusals(rows[0]) or 'accepted'}")
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(r['file'])) for r in rows])
+    table([{'file': os.path.relpath(r['file'], above), 'refused': len(r['refusals']) or '',
+        'files not here': sum(map(len, r['missing'].values())) or ''} for r in rows])
+    say(f"{len(rows)-refused} of {len(rows)} accepted")
+
+def _refusals(r):
+    n = len(r['refusals'])
+    return f"{n} refusal{'s'*(n>1)}" if n else ''
 
 # %% ../nbs/use/08_cli.ipynb #3c4d5a84
 if __name__=='__main__': app()

@@ -18,6 +18,7 @@ from fastai.basics import Callback, get_model
 from fastai.callback.fp16 import MixedPrecision
 from .core import UserError
 from .nets import Nets
+from .schedules import own_lr
 
 # %% ../nbs/learning/08_optim.ipynb #6740f703
 def own_l2(
@@ -34,14 +35,16 @@ def decay_groups(
     nets:Nets,
     coefficient, # From a parameter's name, e.g. 'Student.head.fc.weight', and the parameter, to its coefficient
 )->list: # Of (network, coefficient, parameters)
-    "The trainable parameters by network and coefficient of decay"
-    groups,seen = {},set()
+    "The trainable parameters by network, rate and coefficient of decay; the slowest of each network first"
+    rates,groups,seen = own_lr(nets),[],set()
     for net in [n for n in [*nets.names, '_projectors'] if n in nets._modules]:
+        own = {}
         for k,p in nets._modules[net].named_parameters():
             if not p.requires_grad or p in seen: continue
             seen.add(p)
-            groups.setdefault((net, float(coefficient(f'{net}.{k}', p))), []).append(p)
-    return [(net, c, ps) for (net,c),ps in groups.items()]
+            own.setdefault((rates.get(p, 1.), float(coefficient(f'{net}.{k}', p))), []).append(p)
+        groups += [(net, c, ps) for (_,c),ps in sorted(own.items(), key=lambda o: o[0][0])]
+    return groups
 
 def l2_groups(
     nets:Nets,

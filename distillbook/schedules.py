@@ -6,11 +6,12 @@ Docs: https://distillbook.github.io/distillbook/learning/schedules.html.md"""
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'const', 'step_decay', 'multi_step', 'piecewise', 'linear', 'cosine', 'cyclical_cosine', 'one_cycle',
-           'warmed_up', 'FollowSchedule']
+           'warmed_up', 'own_lr', 'FollowSchedule']
 
 # %% ../nbs/learning/07_schedules.ipynb #b6a82c53
 import math
-from fastai.basics import Callback
+from fastai.basics import Callback, get_model
+from torch import nn
 from .core import unknown
 
 # %% ../nbs/learning/07_schedules.ipynb #e6e23dc0
@@ -76,6 +77,16 @@ SCHEDULES = dict(Const=const, Step=step_decay, MultiStepDecay=multi_step, Piecew
                  Linear=linear, Cosine=cosine, CyclicalCosine=cyclical_cosine, OneCycle=one_cycle)
 
 # %% ../nbs/learning/07_schedules.ipynb #b96e2c76
+def own_lr(
+    net:nn.Module,
+)->dict: # Parameter to what the rate of the run is multiplied by; those without are not in it
+    "What the layers of a network say about their rate"
+    own = {}
+    for m in net.modules():
+        if getattr(m, 'own_lr', None) is None: continue
+        for p in m.parameters(): own[p] = own.get(p, 1.)*m.own_lr
+    return own
+
 class FollowSchedule(Callback):
     "Sets the learning rate of each step"
     order,run_valid = 55,False
@@ -85,10 +96,11 @@ class FollowSchedule(Callback):
     ): self.f,self.by_net = f,by_net
 
     def before_fit(self):
-        names = [n for n,*_ in getattr(self.learn, 'groups', ())]
+        groups,own = getattr(self.learn, 'groups', ()),own_lr(get_model(self.learn.model))
+        names = [n for n,*_ in groups]
         for n in self.by_net:
             if n not in names: raise unknown('trainable net', n, dict.fromkeys(names))
-        self.factors = [self.by_net.get(n, 1.) for n in names] or 1.
+        self.factors = [self.by_net.get(n, 1.)*own.get(params[0], 1.) for n,_,params in groups] or 1.
 
     def before_batch(self):
         lr = self.f(self.epoch*self.n_iter + self.iter)

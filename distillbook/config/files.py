@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/config/files.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'SECTIONS', 'GLOBAL', 'GLOBAL_IGNORED', 'ARCHITECTURE', 'NETWORK', 'NOT_READ', 'TEXTS', 'COUNTS', 'fixed_keys',
-           'check_keys', 'check', 'shipped_configs', 'find_config', 'load_config', 'save_config']
+           'check_keys', 'check', 'shipped_configs', 'find_config', 'read_config', 'load_config', 'save_config']
 
 # %% ../../nbs/config/08_files.ipynb #e0fc6cf9
 import importlib.resources, logging
@@ -16,7 +16,7 @@ from ..core import UserError, unknown, write_beside
 from .evaluation import check_evaluation_keys
 from .losses import LOSS_KEYS, build_terms, checked_row
 from .networks import net_names, task
-from .values import Config, Section, parsed
+from .values import Config, Section, Trying, parsed
 
 # %% ../../nbs/config/08_files.ipynb #ae588e4f
 log = logging.getLogger('distillbook')
@@ -24,9 +24,8 @@ log = logging.getLogger('distillbook')
 SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wandb WithoutTeacher'.split()
 GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
     ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
-    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads'
-    ' pretrained_dict_path use_tensorboard use_wandb keep_statistics'
-    ' average_with_start').split()
+    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads compile'
+    ' pretrained_dict_path use_tensorboard use_wandb keep_statistics average_with_start').split()
 GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
     ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'
     ' uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb'
@@ -42,7 +41,6 @@ def fixed_keys(
     config:dict, # The whole configuration
 ): # (keys that lead to a section, keys that are used, keys that change nothing), one after another
     "Which keys the fixed sections may have"
-    yield (),SECTIONS,['profiler_options']
     if 'Global' in config: yield ('Global',),GLOBAL,GLOBAL_IGNORED
     if 'Architecture' not in config: return
     yield ('Architecture',),ARCHITECTURE,NOT_READ
@@ -53,12 +51,17 @@ def check_keys(
     config:dict, # The whole configuration
 )->list: # Dotted keys that are accepted and change nothing
     "Refuse unknown keys; `UserError` says where one stands and which it may have been meant to be"
-    ignored = []
-    for path,used,unused in fixed_keys(config): ignored += Section(config, *path).only(used, unused)
-    for side in ('Train','Eval'): ignored += _check_side(config, side)
+    ignored,trying = [],Trying()
+    for path,used,unused in fixed_keys(config):
+        with trying(): ignored += Section(config, *path).only(used, unused)
+    for side in ('Train','Eval'):
+        with trying(): ignored += _check_side(config, side)
     loss = Section(config).maybe('Loss')
-    if loss.get('name') in [*LOSS_KEYS]: loss.only(LOSS_KEYS[loss.get('name')])
-    return ignored + check_evaluation_keys(config)
+    with trying():
+        if loss.get('name') in [*LOSS_KEYS]: loss.only(LOSS_KEYS[loss.get('name')])
+    with trying(): ignored += check_evaluation_keys(config)
+    trying.done()
+    return ignored
 
 # %% ../../nbs/config/08_files.ipynb #6e57868f
 from .data import LOADER_IGNORED, LOADER_KEYS, SET_IGNORED
@@ -69,7 +72,7 @@ def _check_side(config, side):
     section,ignored = Section(config, side),[]
     named = side=='Eval' and not {'dataset','loader'} & set(section.values)
     for part in [Section(config, side, name) for name in section.values] if named else [section]:
-        part.only(('dataset','loader'))
+        part.only(('dataset','loader','sampler'))
         if 'dataset' in part:
             ignored += [k for k in _dotted(Section(config, *part.path, 'dataset'))
                 if k.rpartition('.')[2] in SET_IGNORED]
@@ -86,25 +89,37 @@ def check(
     config:dict, # The whole configuration
 )->list: # Keys that are accepted and change nothing
     "Refuse unknown keys, losses and networks; `UserError` says where and what is near"
-    Section(config).only(SECTIONS, ['profiler_options'])
-    net_names(config)
-    ignored = check_keys(config)
-    if config.get('WithoutTeacher'):
-        other = _without_teacher(config)
-        check(other)
-        build_terms(other)
-    g = Section(config).maybe('Global')
-    for key in TEXTS: g.read(key, str, None)
-    for key in COUNTS: g.read(key, int, None, least=1)
-    g.read('seed', int, None, least=0)
-    if task(config)=='det' and g.get('cal_metric_during_train'):
-        why = "the training batches of a detector have maps and no polygons to compare boxes with"
-        raise g.refuse(f"false is wanted: {why}", 'cal_metric_during_train')
-    _check_losses(config)
-    for section,key in (('PostProcess','model_name'),('Metric','key')): _check_nets(Section(config).maybe(section), key)
+    ignored,trying = [],Trying()
+    with trying(): ignored += Section(config).only(SECTIONS, ['profiler_options'])
+    known = len(trying.each)
+    with trying(): net_names(config)
+    if len(trying.each)>known: trying.done() # Without networks there is no more to be said
+    with trying(): ignored += check_keys(config)
+    with trying(): _check_other(config)
+    with trying(): ignored += _check_global(config)
+    with trying(): _check_losses(config)
+    for section,key in (('PostProcess','model_name'),('Metric','key')):
+        with trying(): _check_nets(Section(config).maybe(section), key)
+    trying.done()
     return ignored
 
 # %% ../../nbs/config/08_files.ipynb #87b6848c
+def _check_global(config):
+    g,trying = Section(config).maybe('Global'),Trying()
+    kinds = [*((k, str) for k in TEXTS), *((k, int) for k in COUNTS)]
+    for key,kind in kinds:
+        with trying(): g.read(key, kind, None, least=1 if kind is int else None)
+    with trying(): g.read('seed', int, None, least=0)
+    trying.done()
+    scores = task(config)=='det' and g.get('cal_metric_during_train') # The batches have maps, and no polygons
+    return ['Global.cal_metric_during_train'] if scores else []
+
+def _check_other(config):
+    if not config.get('WithoutTeacher'): return
+    other = _without_teacher(config)
+    check(other)
+    build_terms(other)
+
 def _without_teacher(config):
     "What the configuration becomes if no teacher can be had"
     other = Section(config).section('WithoutTeacher')
@@ -120,7 +135,10 @@ def _check_losses(config):
     rows = loss.get('loss_config_list')
     if not isinstance(rows, list) or not rows:
         raise loss.refuse(f"a list of losses is wanted, not {rows!r}", 'loss_config_list')
-    for i in range(len(rows)): checked_row(config, i)
+    trying = Trying()
+    for i in range(len(rows)):
+        with trying(): checked_row(config, i)
+    trying.done()
 
 def _check_nets(section, key):
     for n in section.names(key, []):
@@ -145,11 +163,11 @@ def find_config(
     return path
 
 # %% ../../nbs/config/08_files.ipynb #dcca2255
-def load_config(
+def read_config(
     path, # A YAML file, or the name of one that travels with the package
     overrides=None, # Like ['Global.seed=1'], in PaddleOCR's `-o` syntax
-)->Config: # Whole: every key there is
-    "The configuration in a file, checked"
+)->Config:
+    "What a file says, unchecked"
     path = find_config(path)
     try: text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
@@ -161,7 +179,14 @@ def load_config(
     config = Config(_unshared(values or {}, path))
     config.path,config.lines = str(path),lines
     for override in overrides or (): _set(config, override)
-    if ignored := check(config): log.info("%s: accepted, and of no effect here: %s", path, ', '.join(ignored))
+    return config
+
+def load_config(
+    path, overrides=None, # See `read_config`
+)->Config: # Whole: every key there is
+    "The configuration in a file, checked"
+    config = read_config(path, overrides)
+    if ignored := check(config): log.info("%s: accepted, and of no effect here: %s", config.path, ', '.join(ignored))
     return config
 
 def _unshared(values, source, above=()):

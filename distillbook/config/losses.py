@@ -7,9 +7,9 @@ Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 # %% auto #0
 __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'LOSS_KEYS', 'LOSS_NAMES', 'keep_keys',
            'target_places', 'many_heads', 'has_many_heads', 'Rows', 'pairs_of', 'ctc_row', 'sar_row', 'nrtr_row',
-           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'check_main_loss', 'db_row', 'dila_row',
-           'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row', 'row_terms',
-           'build_terms', 'build_loss']
+           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'looks_twice', 'check_main_loss', 'db_row',
+           'dila_row', 'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row',
+           'row_terms', 'build_terms', 'build_loss']
 
 # %% ../../nbs/config/04_losses.ipynb #9767a4d3
 import inspect
@@ -23,9 +23,10 @@ from ..terms import Term
 
 # %% ../../nbs/config/04_losses.ipynb #13fa6119
 from .networks import characters, net_names, task
-from .registry import LOSSES, Registry, WEIGHTS, arguments, build, called
-from .values import Section
-from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_shrink, db_threshold, dila_db, dml_maps
+from .registry import HEADS, LOSSES, Registry, WEIGHTS, arguments, build, called
+from .values import Section, Trying
+from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_shrink, db_threshold, dila_db
+from ..det.losses import dkd_maps, dml_maps, kl_maps
 from ..rec.labels import SARClasses
 from ..rec.losses import ctc_logits_kd, ctc_loss, gtc_dkd, gtc_kl, nrtr_loss
 from ..rec.sar import sar_loss
@@ -167,11 +168,14 @@ def dml_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str
     "DistillationDMLLoss, of heads or of a detector's maps"
     if maps_name is None:
         return _paired(rows, dml_paddle, model_name_pairs, key, dis_head, name, act=act, use_log=use_log)
+    return _of_maps(rows, dml_maps, model_name_pairs, maps_name, key, name, act=act, use_log=use_log)
+
+def _of_maps(rows, fn, pairs, maps_name, key, name, **keys):
+    "Terms of one or more of a detector's maps"
     terms = []
     for maps in maps_name if isinstance(maps_name, list) else [maps_name]:
         if maps not in list(MAPS): raise unknown('map', maps, MAPS, 'maps_name')
-        terms += _paired(rows, dml_maps, model_name_pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps,
-            act=act, use_log=use_log)
+        terms += _paired(rows, fn, pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps, **keys)
     return terms
 
 def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, mode:str='l2',
@@ -183,12 +187,16 @@ def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_hea
 
 # %% ../../nbs/config/04_losses.ipynb #1f57728f
 def dkd_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, alpha:float=1., beta:float=1.,
-    name:str='dkd'):
-    "DistillationDKDLoss"
-    return _paired(rows, gtc_dkd, model_name_pairs, key, dis_head, name, ['label_gtc'], alpha=alpha, beta=beta)
+    temperature:float=1., maps_name=None, name:str='dkd'):
+    "DistillationDKDLoss, of heads or of a detector's maps"
+    if maps_name is not None: return _of_maps(rows, dkd_maps, model_name_pairs, maps_name, key, name, alpha=alpha)
+    return _paired(rows, gtc_dkd, model_name_pairs, key, dis_head, name, ['label_gtc'], alpha=alpha, beta=beta,
+        T=temperature)
 
-def kl_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, name:str='kl_div'):
-    "DistillationKLDivLoss"
+def kl_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, maps_name=None,
+    name:str='kl_div'):
+    "DistillationKLDivLoss, of heads or of a detector's maps"
+    if maps_name is not None: return _of_maps(rows, kl_maps, model_name_pairs, maps_name, key, name)
     return _paired(rows, gtc_kl, model_name_pairs, key, dis_head, name, ['label_gtc'])
 
 def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, reduction=None,
@@ -199,24 +207,39 @@ def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_h
 # %% ../../nbs/config/04_losses.ipynb #8f0ef7a8
 SHRINK,THRESHOLD = ['shrink_map','shrink_mask'],['threshold_map','threshold_mask']
 
+def looks_twice(
+    config:dict, net:str, # The whole configuration, and one of its networks
+)->bool:
+    "Does a detector's head draw its map a second time?"
+    arch = config.get('Architecture') or {}
+    models = arch.get('Models') or {'Model': arch}
+    part = models.get(net) if isinstance(models, dict) else None
+    if isinstance(part, dict) and not part.get('Head'): part = models.get(str(part.get('init')))
+    head = part.get('Head') if isinstance(part, dict) else None
+    name = head.get('name') if isinstance(head, dict) else None
+    return bool(getattr(HEADS['det'].get(str(name)), 'looks_twice', False))
+
+# %% ../../nbs/config/04_losses.ipynb #fada6db5
 def check_main_loss(name):
     "A loss of the shrink map by its name"
     known = [*MAP_LOSSES, *PIXEL_LOSSES]
     if name not in known: raise unknown('main loss', name, known, 'main_loss_type')
 
-def _db_terms(rows, address, name, balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps):
+def _db_terms(rows, net, key, name, balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps):
     check_main_loss(main_loss_type)
-    settings = dict(balance=balance_loss, main=main_loss_type, ohem_ratio=ohem_ratio)
-    return [rows.term(db_shrink, [address], f'{name}_shrink_maps', SHRINK, alpha=alpha, eps=eps, **settings),
-            rows.term(db_threshold, [address], f'{name}_threshold_maps', THRESHOLD, beta=beta, eps=eps),
-            rows.term(db_binary, [address], f'{name}_binary_maps', SHRINK, eps=eps)]
+    settings,address = dict(balance=balance_loss, main=main_loss_type, ohem_ratio=ohem_ratio),[f'{net}.{key}']
+    twice = [rows.term(db_cbn, [f'{net}.cbn_maps'], f'{name}_cbn', SHRINK, eps=eps, **settings)]
+    return [rows.term(db_shrink, address, f'{name}_shrink_maps', SHRINK, alpha=alpha, eps=eps, **settings),
+            rows.term(db_threshold, address, f'{name}_threshold_maps', THRESHOLD, beta=beta, eps=eps),
+            rows.term(db_binary, address, f'{name}_binary_maps', SHRINK, eps=eps),
+            *(twice if looks_twice(rows.config, net) else [])]
 
 def db_row(rows, model_name_list, key:str=None, name:str='db',
     balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3,
     eps:float=1e-6):
     "DistillationDBLoss"
     settings = (balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
-    return [t for n in model_name_list for t in _db_terms(rows, f"{n}.{key or 'maps'}", f'{name}_{n}_loss', *settings)]
+    return [t for n in model_name_list for t in _db_terms(rows, n, key or 'maps', f'{name}_{n}_loss', *settings)]
 
 def dila_row(rows, model_name_pairs, key:str=None, name:str='dila_dbloss',
     balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10, ohem_ratio:float=3,
@@ -264,14 +287,15 @@ def sar_alone(rows, ignore_index:int=None):
     padding = rows.sar_padding if ignore_index is None else ignore_index
     return [rows.term(sar_loss, [_alone_at(rows, 'sar')], 'SARLoss', ['label_sar'], ignore_index=padding)]
 
-def nrtr_alone(rows, smoothing=True):
+def nrtr_alone(rows, smoothing=True, ignore_index:int=0):
     "NRTRLoss"
-    return [rows.term(nrtr_loss, [_alone_at(rows, 'gtc')], 'NRTRLoss', ['label_gtc'], smoothing=smoothing)]
+    return [rows.term(nrtr_loss, [_alone_at(rows, 'gtc')], 'NRTRLoss', ['label_gtc'], smoothing=smoothing,
+        ignore_index=ignore_index)]
 
 def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10,
     ohem_ratio:float=3, eps:float=1e-6):
     "DBLoss"
-    return _db_terms(rows, 'Model.maps', 'loss', balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
+    return _db_terms(rows, 'Model', 'maps', 'loss', balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
 
 def _alone_at(rows, head): return f'Model.{head}' if rows.in_multi_loss or many_heads(rows.config, 'Model') else 'Model'
 
@@ -343,13 +367,22 @@ def build_terms(
     if not isinstance(name, str) or (name not in LOSS_NAMES and '.' not in name):
         raise loss.unknown('loss', name, LOSS_NAMES, 'name')
     if name in LOSS_KEYS: loss.only(LOSS_KEYS[name])
-    if name=='CombinedLoss': return _told_apart([t for i in range(len(_listed(loss))) for t in row_terms(config, i)])
+    if name=='CombinedLoss':
+        return _told_apart(_each(_listed(loss), lambda i, row: row_terms(config, i)))
     if config.get('Architecture') and net_names(config)!=['Model']:
         raise loss.refuse(f"{name} is for one network; for {', '.join(net_names(config))} take CombinedLoss", 'name')
-    if name=='MultiLoss': return [t for i,row in enumerate(_listed(loss)) for t in _of_multi_loss(loss, i, row)]
+    if name=='MultiLoss': return _each(_listed(loss), partial(_of_multi_loss, loss))
     if isinstance(name, str) and '.' in name: return _own_loss(config, loss)
     rows = Rows(config, target_places(config), loss)
     with loss.blame(): return build(ALONE[name], loss, rows=rows)
+
+def _each(rows, terms):
+    "The terms of all rows, or all that is wrong with them"
+    found,trying = [],Trying()
+    for i,row in enumerate(rows):
+        with trying(): found += terms(i, row)
+    trying.done()
+    return found
 
 def _listed(loss):
     rows = loss.get('loss_config_list')

@@ -66,7 +66,8 @@ def fixed_ops(
     samples,fixed = first_samples(source),[]
     made = bool(samples) and all(is_pixels(o['image']) for o in samples)
     for op in ops:
-        if not type(op).__module__.startswith('distillbook.') or hasattr(op, 'ext_data_num'): break
+        own = type(op).__module__.startswith('distillbook.')
+        if not own or hasattr(op, 'ext_data_num') or getattr(op, 'total_epoch', None): break
         samples,blind,same = _try_op(op, samples)
         if not same: break
         if not blind: fixed.append(op)

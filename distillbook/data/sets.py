@@ -90,6 +90,7 @@ def _sample(self:SampleSet, i, rng, ops, faults):
     joins = ops is self.ops
     try: sample,ops = self._begin(i, rng, ops)
     except UserError as e: return faults.append(str(e))
+    sample = {**sample, 'epoch': self.epoch}
     where = sample.get('where') or sample.get('path') or f'line {i}'
     for op in ops:
         if joins and hasattr(op, 'ext_data_num'):

@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/det/backbone.html.md"""
 
 # %% auto #0
 __all__ = ['DEPTHS', 'ACTS', 'MOBILENETS', 'BACKBONES', 'ResBlock', 'add_stages', 'run_stages', 'caffe_name', 'ResNet',
-           'pooled_short', 'ResNet_vd', 'SE', 'MobileBlock', 'divisible', 'MobileNetV3', 'PlainBackbone']
+           'pooled_short', 'ResNet_vd', 'SE', 'MobileBlock', 'MobileNetV3', 'PlainBackbone']
 
 # %% ../../nbs/det/05_backbone.ipynb #d59a1b4a
 import math
@@ -14,7 +14,7 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch import nn
 from ..core import UserError, unknown
-from ..layers import conv_bn, named
+from ..layers import conv_bn, divisible, named
 
 # %% ../../nbs/det/05_backbone.ipynb #6dca7c8f
 class ResBlock(nn.Module):
@@ -177,15 +177,6 @@ MOBILENETS = dict( # Stages of blocks: kernel, channels inside, channels out, ga
            [(5,96,40,1,'HS',2), (5,240,40,1,'HS',1), (5,240,40,1,'HS',1),
             (5,120,48,1,'HS',1), (5,144,48,1,'HS',1)],
            [(5,288,96,1,'HS',2), (5,576,96,1,'HS',1), (5,576,96,1,'HS',1)]])
-
-# %% ../../nbs/det/05_backbone.ipynb #9b6931ed
-def divisible(
-    n:float, # Channels wanted
-    by:int=8,
-)->int: # A multiple of `by`, not below 0.9 of `n`
-    "The nearest number of channels that suits a processor"
-    m = max(by, int(n + by/2)//by*by)
-    return m if m >= 0.9*n else m+by
 
 # %% ../../nbs/det/05_backbone.ipynb #610b8f7b
 class MobileNetV3(nn.Module):

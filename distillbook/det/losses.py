@@ -6,14 +6,14 @@ Docs: https://distillbook.github.io/distillbook/det/losses.html.md"""
 
 # %% auto #0
 __all__ = ['MAP_LOSSES', 'PIXEL_LOSSES', 'MAPS', 'alike', 'dice_loss', 'pixel_bce', 'masked_l1', 'hardest', 'squared_error',
-           'balance_loss', 'one_map', 'db_shrink', 'db_threshold', 'db_binary', 'db_parts', 'db_loss', 'dilate',
-           'dila_db', 'dml_maps']
+           'balance_loss', 'one_map', 'db_shrink', 'db_threshold', 'db_binary', 'db_parts', 'db_loss', 'db_cbn',
+           'dilate', 'dila_db', 'dml_maps', 'kl_maps', 'dkd_maps']
 
 # %% ../../nbs/det/08_losses.ipynb #59107eda
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..core import UserError, unknown
-from ..losses import dml_paddle, upcast
+from ..losses import dml_paddle, kl_paddle, upcast
 
 # %% ../../nbs/det/08_losses.ipynb #b2ae68bc
 def alike(
@@ -169,7 +169,16 @@ def db_loss(
     targets = threshold_map,threshold_mask,shrink_map,shrink_mask
     return sum(db_parts(maps, *targets, alpha, beta, balance, main, ohem_ratio, eps).values())
 
-db_shrink.train_only = db_threshold.train_only = db_binary.train_only = db_loss.train_only = True
+def db_cbn(
+    cbn_maps:Tensor, # Binary map [N,1,H,W] of a head that looks twice, see `PFHeadLocal`
+    shrink_map:Tensor, shrink_mask:Tensor, # See `db_shrink`
+    main:str='DiceLoss', balance:bool=True, ohem_ratio:float=3, # Of `balance_loss`
+    eps:float=1e-6, # Added to denominators
+)->Tensor: # Scalar
+    "What PP-OCRv4's server detector adds: the loss of the shrink map, of its binary map, without a weight"
+    return balance_loss(cbn_maps[:,0], shrink_map, shrink_mask, main, balance, ohem_ratio, eps)
+
+db_shrink.train_only = db_threshold.train_only = db_binary.train_only = db_loss.train_only = db_cbn.train_only = True
 
 # %% ../../nbs/det/08_losses.ipynb #04155657
 def dilate(
@@ -209,3 +218,22 @@ def dml_maps(
 
 dml_maps.train_only = True
 dml_maps.shapes = 'same'
+
+def kl_maps(
+    a:Tensor, b:Tensor, # Maps of a student and of its teacher [N,3,H,W]
+    maps_name:str='thrink_maps', # See `dml_maps`
+)->Tensor: # Scalar
+    "PaddleOCR's `KLDivLoss` of one of the maps: each row of pixels is taken for a distribution"
+    return kl_paddle(*[one_map('kl_maps', o, maps_name) for o in (a, b)])
+
+def dkd_maps(
+    a:Tensor, b:Tensor, # Maps of a student and of its teacher [N,3,H,W]
+    maps_name:str='thrink_maps', # See `dml_maps`
+    alpha:float=1., # Weight
+)->Tensor: # Scalar, the mean over all pixels
+    "Decoupled distillation of one of the maps; text or not are two classes, so that the part of the others is empty"
+    p,q = upcast(*[one_map('dkd_maps', o, maps_name) for o in (a, b)])
+    return alpha*(pixel_bce(p, q) - pixel_bce(q, q).detach()).mean()
+
+kl_maps.train_only = dkd_maps.train_only = True
+kl_maps.shapes = dkd_maps.shapes = 'same'

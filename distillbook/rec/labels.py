@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/rec/labels.html.md"""
 
 # %% auto #0
 __all__ = ['Alphabet', 'read_characters', 'label_fault', 'encode_batch', 'usable_labels', 'drop_unknown', 'refusal_reason',
-           'ctc_label', 'SARClasses', 'sar_label', 'multi_label', 'label_report']
+           'ctc_label', 'SARClasses', 'sar_label', 'NRTRClasses', 'nrtr_label', 'multi_label', 'label_report']
 
 # %% ../../nbs/rec/00_labels.ipynb #acbbbf1e
 import numpy as np, torch
@@ -213,16 +213,49 @@ def sar_label(
     ids = [i-1 for i in _teachable(text, sar.alphabet, max_len, lower, 2)]
     return _row([sar.start, *ids, sar.start], max_len, sar.pad), len(ids)
 
+# %% ../../nbs/rec/00_labels.ipynb #23a77fb3
+class NRTRClasses:
+    "The classes of a Transformer that writes: padding 0, unknown 1, begin 2, end 3, and `chars[i]` is class `i+4`"
+    pad,unknown,start,end = range(4)
+    def __init__(self,
+        chars, # The characters in the order of their classes, as for `Alphabet`
+    ):
+        self.alphabet = Alphabet(chars)
+        self.names = ['blank','<unk>','<s>','</s>'] + self.alphabet.chars
+    def __len__(self): return len(self.names)
+    def __repr__(self):
+        return f'NRTRClasses({len(self)} classes: padding, unknown, begin, end and {len(self)-4} characters)'
+    def decode(self,
+        ids, # Class numbers of one row; a begin sign in the first place is passed over
+    )->str: # The text up to the end sign; classes beyond the characters write nothing
+        "The characters of the classes `ids`"
+        ids = list(ids)[int(ids[0]==self.start):]
+        if self.end in ids: ids = ids[:ids.index(self.end)]
+        return ''.join(self.names[i] for i in ids if i<len(self))
+
+def nrtr_label(
+    text:str, # The label
+    nrtr:NRTRClasses, # Gives the classes
+    max_len:int, # Length of the padded row, both signs included
+    lower:bool=False, # Turn it into small letters first?
+)->tuple: # Classes [max_len] int64, and how many of them are characters; `UserError` says why a label is refused
+    "A label for NRTR as PaddleOCR makes it: begin, the known characters, end, padding"
+    ids = [i+3 for i in _teachable(text, nrtr.alphabet, max_len, lower, 2)]
+    return _row([nrtr.start, *ids, nrtr.end], max_len, nrtr.pad), len(ids)
+
 # %% ../../nbs/rec/00_labels.ipynb #9997aba5
 def multi_label(
     text:str, # The label
-    sar:SARClasses, # Gives the classes of SAR, and its `alphabet` those of CTC
+    guide, # Gives the classes of the head that writes, `SARClasses` or `NRTRClasses`; its `alphabet` those of CTC
     max_len:int, # Length of both padded rows
     lower:bool=False, # Turn it into small letters first?
-)->dict: # label_ctc and label_sar [max_len] int64, length; `UserError` if either would be refused
-    "Labels for a CTC and a SAR head"
-    label_sar,n = sar_label(text, sar, max_len, lower)
-    return dict(label_ctc=ctc_label(text, sar.alphabet, max_len, lower)[0], label_sar=label_sar, length=n)
+    name:str=None, # Of the second row; None: label_gtc for NRTR, and label_sar for SAR
+)->dict: # label_ctc and the other [max_len] int64, length; `UserError` if either would be refused
+    "Labels for a CTC head and one that writes"
+    is_nrtr = isinstance(guide, NRTRClasses)
+    row,n = (nrtr_label if is_nrtr else sar_label)(text, guide, max_len, lower)
+    name = name or ('label_gtc' if is_nrtr else 'label_sar')
+    return {'label_ctc': ctc_label(text, guide.alphabet, max_len, lower)[0], name: row, 'length': n}
 
 # %% ../../nbs/rec/00_labels.ipynb #fa3df650
 def label_report(

@@ -22,17 +22,22 @@ class Attention(nn.Module):
         heads:int=8, # Divides `n`
         attn_drop:float=0.1, # Dropout of the weights
         drop:float=0.1, # Dropout of the result
+        qk_scale:float=None, # Of the products; None: one over the root of a head's channels
+        mask=None, # [T,T], added to the products: minus infinity where one may not look
+        qkv_bias:bool=True, # Do queries, keys and values have a bias?
     ):
         super().__init__()
         if n%heads: raise UserError(f"{heads} heads do not divide {n} channels")
-        self.heads = heads
-        self.qkv,self.proj = nn.Linear(n, 3*n),nn.Linear(n, n)
+        self.heads,self.scale = heads,qk_scale or (n//heads)**-0.5
+        self.register_buffer('mask', mask, persistent=False)
+        self.qkv,self.proj = nn.Linear(n, 3*n, qkv_bias),nn.Linear(n, n)
         self.attn_drop,self.drop = nn.Dropout(attn_drop),nn.Dropout(drop)
 
     def forward(self, x):
         n,t,c = x.shape
         q,k,v = self.qkv(x).reshape(n, t, 3, self.heads, -1).permute(2,0,3,1,4)
-        a = (q * q.shape[-1]**-0.5 @ k.transpose(-1,-2)).softmax(-1)
+        products = q*self.scale @ k.transpose(-1,-2)
+        a = (products if self.mask is None else products+self.mask).softmax(-1)
         y = (self.attn_drop(a) @ v).transpose(1,2).reshape(n, t, c)
         return self.drop(self.proj(y))
 
@@ -45,10 +50,11 @@ class SVTRBlock(nn.Module):
         mlp_ratio:float=2., # Width between the two linear layers, over `n`
         drop:float=0.1, # Dropout after attention and linear layers
         attn_drop:float=0.1, # See `Attention`
+        qk_scale:float=None, # See `Attention`
     ):
         super().__init__()
         nh = int(n*mlp_ratio)
-        self.norm1,self.mixer = nn.LayerNorm(n), Attention(n, heads, attn_drop, drop)
+        self.norm1,self.mixer = nn.LayerNorm(n), Attention(n, heads, attn_drop, drop, qk_scale)
         self.norm2 = nn.LayerNorm(n)
         self.mlp = named(fc1=nn.Linear(n, nh), act=nn.SiLU(), drop1=nn.Dropout(drop),
             fc2=nn.Linear(nh, n), drop2=nn.Dropout(drop))
@@ -71,13 +77,14 @@ class EncoderWithSVTR(nn.Module):
         drop_rate:float=0.1,
         attn_drop_rate:float=0.1,
         kernel_size:list=(3,3), # Of the first and of the fourth convolution
+        qk_scale:float=None, # See `Attention`
     ):
         super().__init__()
         self.use_guide,self.out_channels = use_guide,dims
         narrow = in_channels//8
         self.conv1 = conv_silu(in_channels, narrow, kernel_size)
         self.conv2 = conv_silu(narrow, hidden_dims)
-        block = hidden_dims,num_heads,mlp_ratio,drop_rate,attn_drop_rate
+        block = hidden_dims,num_heads,mlp_ratio,drop_rate,attn_drop_rate,qk_scale
         self.svtr_block = nn.ModuleList(SVTRBlock(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden_dims, eps=1e-6)
         self.conv3 = conv_silu(hidden_dims, in_channels)
@@ -91,7 +98,7 @@ def init_linear(layer):
     "Small weights for linear layers, and no bias"
     if not isinstance(layer, nn.Linear): return
     nn.init.trunc_normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 # %% ../../nbs/rec/05_neck.ipynb #31e0e544
 @patch

@@ -18,8 +18,10 @@ from torch import nn
 from ..cache import CachedNet
 from ..core import UserError, unknown, write_beside
 from ..det.nets import DetModel
+from ..reparam import fuse
 from ..rec.labels import Alphabet
 from ..rec.nets import MultiHead, RecModel
+from ..rec.nrtr import NRTRHead
 from ..rec.sar import SARHead
 from .teachers import OnnxNet, onnx_session
 
@@ -50,7 +52,7 @@ def inference_net(
     if not has_weights(net):
         raise UserError(f"{type(net).__name__}: a network that onnxruntime runs, or whose answers are kept, "
             "is not exported: its file is there already")
-    net = copy.deepcopy(net).cpu().float().eval()
+    net = fuse(copy.deepcopy(net).cpu().float().eval())
     if hasattr(net, 'as_exported'): net = net.as_exported()
     if hasattr(net, 'as_used') or task is None: return net
     if hasattr(net, 'return_all_feats'): net.return_all_feats = False
@@ -67,11 +69,13 @@ def has_weights(
 # %% ../../nbs/use/06_export.ipynb #c4aebad3
 def _as_reader(net):
     "A copy of a `RecModel` that gives probabilities, without the heads that only train"
-    if isinstance(net.head, SARHead):
-        raise UserError("a network whose only head is SAR reads its own letters one by one, and is not exported; "
+    if isinstance(net.head, (SARHead,NRTRHead)):
+        raise UserError(f"a network whose only head is {type(net.head).__name__.removesuffix('Head')} "
+            "reads its own letters one by one, and is not exported; "
             "distil it into one with a CTC head")
     if isinstance(net.head, MultiHead):
-        for name in net.head.extra_inputs: setattr(net.head, name, None)
+        for name in net.head._modules:
+            if name not in ('ctc_encoder','ctc_head'): setattr(net.head, name, None)
     net.probs = True
     return InferenceNet(net)
 

@@ -20,7 +20,8 @@ from ..data.pictures import read_picture
 from ..data.sets import SampleSet
 from ..det.nets import DBHead
 from ..rec.decode import ctc_decode
-from ..rec.labels import Alphabet, SARClasses
+from ..rec.labels import Alphabet, NRTRClasses, SARClasses
+from ..rec.nrtr import NRTRHead
 from ..rec.render import fit_line
 from .evaluation import at_rest, device_of, log
 from .teachers import load_teacher
@@ -150,15 +151,16 @@ def remap_rows(
 
 # %% ../../nbs/use/05_finetune.ipynb #8a0e7e79
 def remap_classes(
-    net:nn.Module, # A recogniser with a CTC layer of `len(old)` classes, and perhaps a SAR head
+    net:nn.Module, # A recogniser with a CTC layer of `len(old)` classes, and perhaps a head that writes
     old:Alphabet, new:Alphabet, # What its classes are, and shall be
     begin:str='random', # New rows: 'random', as in a new layer, or 'mean', of all characters
 )->nn.Module: # A copy
     "A recogniser for another alphabet that keeps all it knows of the characters in both"
     if begin not in ('random','mean'): raise UserError(f"begin: 'random' or 'mean', not {begin!r}")
     net,layers = copy.deepcopy(net),[]
+    within_nrtr = {m for o in net.modules() if isinstance(o, NRTRHead) for m in o.modules()}
     for name,m in net.named_modules():
-        if isinstance(m, nn.Linear) and m.out_features==len(old): layers.append((name, m))
+        if isinstance(m, nn.Linear) and m.out_features==len(old) and m not in within_nrtr: layers.append((name, m))
     if not layers:
         raise UserError(f"{type(net).__name__} has no linear layer with {len(old)} classes, "
             "as many as the old alphabet has with the blank")
@@ -166,6 +168,7 @@ def remap_classes(
     _replace(net, path, _other_rows(layer, len(new), old_rows, begin))
     for m in net.modules():
         if hasattr(m, 'embedding') and hasattr(m, 'prediction'): _remap_sar(m, old, new, begin)
+        if isinstance(m, NRTRHead): _remap_nrtr(m, old, new, begin)
     return net
 
 def _old_classes(old, new): return [old.encode([c])[0] if c in old else None for c in new.chars]
@@ -201,6 +204,23 @@ def _remap_sar(m, old, new, begin):
     table.weight.data = remap_rows(rows, _fresh(rows[chars], table.weight, begin), old_rows)
     m.embedding,m.prediction = table,_other_rows(m.prediction, len(b)-1, old_rows[:-1], begin, chars)
     m.start,m.pad = b.start,b.pad
+
+# %% ../../nbs/use/05_finetune.ipynb #60db8e40
+def _remap_nrtr(m, old, new, begin):
+    "In place, an `NRTRHead`"
+    layer,a,b = m.embedding.embedding,NRTRClasses(old.chars),NRTRClasses(new.chars)
+    if layer.num_embeddings!=len(a)+1:
+        raise UserError(f"an NRTR head of {layer.num_embeddings} classes is not one of {len(a)+1}, "
+            f"for {len(old.chars)} characters, four signs and one that is not used")
+    characters = [None if i is None else i+3 for i in _old_classes(old, new)]
+    old_rows,chars = [*range(4), *characters, len(a)],slice(4, len(a))
+    table = nn.Embedding(len(b)+1, layer.embedding_dim, padding_idx=NRTRClasses.pad)
+    rows = layer.weight.data
+    table.weight.data = remap_rows(rows, _fresh(rows[chars], table.weight, begin), old_rows)
+    m.embedding.embedding,prediction = table,nn.Linear(layer.embedding_dim, len(b)+1, bias=False)
+    rows = m.tgt_word_prj.weight.data
+    prediction.weight.data = remap_rows(rows, _fresh(rows[chars], prediction.weight, begin), old_rows)
+    m.tgt_word_prj = prediction
 
 # %% ../../nbs/use/05_finetune.ipynb #fc42176d
 def new_threshold(

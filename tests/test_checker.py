@@ -1,0 +1,146 @@
+"`distillbook check`: every refusal of a file at once, with file and line; a row for each of many files; its exit status"
+import json
+from pathlib import Path
+import pytest, torch, yaml
+from torch import nn
+from typer.testing import CliRunner
+from distillbook.cli import app
+from distillbook.config import load_config
+from distillbook.config.checker import missing_files, refusals, report, without_numbers
+from distillbook.config.files import read_config, shipped_configs
+from distillbook.config.values import Refusals, Section, Trying
+from distillbook.core import UserError
+
+CML = (shipped_configs()/'det'/'ppocrv3_cml.yml').read_text()
+REC = (shipped_configs()/'rec'/'ppocrv3_distillation.yml').read_text()
+
+def write(folder, text, name='my.yml'):
+    (folder/name).write_text(text)
+    return folder/name
+
+def changed(text, *pairs):
+    for right,wrong in pairs:
+        assert right in text, right
+        text = text.replace(right, wrong)
+    return text
+
+def line_of(text, words): return next(i for i,l in enumerate(text.splitlines(), 1) if words in l)
+
+def run(*args):
+    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='distillbook')
+    if r.exception and not isinstance(r.exception, SystemExit): raise r.exception
+    return r
+
+
+# %% together
+def test_trying_goes_on():
+    trying = Trying()
+    for i in range(3):
+        with trying():
+            if i!=1: raise UserError(f'number {i}')
+    with pytest.raises(Refusals, match=r'number 0 \(and 1 more\)') as e: trying.done()
+    assert [str(o) for o in e.value.each]==['number 0','number 2']
+    outer = Trying()
+    with outer(): raise e.value
+    with outer(): raise UserError('one more')
+    assert len(outer.each)==3
+
+def test_one_refusal_is_itself_and_other_errors_are_not_caught():
+    trying = Trying()
+    with trying(): raise UserError('alone')
+    with pytest.raises(UserError, match='^alone$') as e: trying.done()
+    assert not isinstance(e.value, Refusals) and Trying().done() is None
+    with pytest.raises(KeyError), Trying()(): raise KeyError('x')
+
+
+# %% every part of a file
+WRONG = [('epoch_num', 'epochs'), ('name: DistillationModel', 'name: DistilationModel')]
+
+def test_each_part_is_tried(tmp_path):
+    text = changed(CML, ('eval_batch_step: [0, 400]', 'eval_batch_step: often'), ('save_epoch_step: 100', 'save_epoch_step: 0'), ('name: Cosine', 'name: Cosin'), ('factor: 5.0e-05', 'factor: much'),
+        ('model_name: large', 'model_name: huge'), ('layers: 50', 'layer: 50'), ('name: RSEFPN, out_channels: 96, shortcut: true', 'name: RSEFPN, out_channel: 96, shortcut: true'), ('kernel_list: [7, 2, 2]', 'kernel_list: [8, 2, 2]'),
+        ('maps_name: thrink_maps', 'maps_name: thrinkmaps'), ('model_name_list: [Student, Student2]', 'model_name_list: [Student, Student3]'), ('unclip_ratio', 'unclip_ration'), ('main_indicator: hmean', 'main_indicator: mean'),
+        ('EastRandomCropData: {size: [960, 960], max_tries: 50', 'EastRandomCropData: {size: [960, 960], max_trys: 50'), ('MakeShrinkMap', 'MakeShrinkMaps'), ('batch_size_per_card: 8', 'batch_size_per_card: none'), ('num_workers: 2', 'num_worker: 2'))
+    file = write(tmp_path, text)
+    found = refusals(read_config(file))
+    keys = [e.spot[2] for e in found]
+    wanted = ['Global.eval_batch_step', 'Global.save_epoch_step', 'Optimizer.lr.name', 'Optimizer.regularizer.factor', 'Architecture.Models.Student.Backbone', 'Architecture.Models.Student2.Backbone', 'Architecture.Models.Teacher.Backbone.layer', 'Architecture.Models.Student.Neck.out_channel',
+        'Architecture.Models.Student2.Neck.out_channel', 'Architecture.Models.Teacher.Head', 'Loss.loss_config_list.1.DistillationDMLLoss', 'Loss.loss_config_list.2.DistillationDBLoss.model_name_list', 'PostProcess.unclip_ration', 'Metric.main_indicator',
+        'Train.dataset.transforms.4.EastRandomCropData.max_trys', 'Train.dataset.transforms.6.MakeShrinkMaps', 'Train.loader.batch_size_per_card', 'Eval.loader.num_worker']
+    assert [w for w in wanted if not any(k.startswith(w) for k in keys)]==[], [str(e) for e in found]
+    lines = [e.spot[1] for e in found]
+    assert lines==sorted(lines) and all(str(e).startswith(f'{file}:{e.spot[1]}: {e.spot[2]}: ') for e in found)
+    assert next(e.spot[1] for e in found if 'max_trys' in e.spot[2])==line_of(text, 'max_trys')
+    assert len({str(e) for e in found})==len(found)
+
+def test_a_recogniser_too(tmp_path):
+    text = changed(REC, ('scale: 0.5', 'scale: half'), ('hidden_dims: 120', 'hiden_dims: 120'), ('enc_dim: 512', 'enc_dims: 512'), ('use_log: true', 'use_logs: true'), ('RecConAug', 'RecConAugs'))
+    keys = ' '.join(e.spot[2] for e in refusals(read_config(write(tmp_path, text))))
+    assert all(k in keys for k in ('Backbone', 'hiden_dims', 'use_logs', 'RecConAugs')), keys
+
+def test_nothing_is_said_twice_of_what_depends_on_it(tmp_path):
+    "A network that begins with one that was refused is not refused for that"
+    text = CML.replace('Student2: *student', 'Student2: {init: Student}').replace('model_name: large', 'model_name: huge')
+    assert ['Student2' in str(e) for e in refusals(read_config(write(tmp_path, text)))]==[False]
+
+@pytest.mark.parametrize('text,says', [('', 'Architecture'), ('Global: 3', 'Architecture'), ('Architecture: {Models: [1]}', 'networks with names'), ('a: [', 'not YAML'), ('[1]', 'a section is wanted'), (CML.replace('Optimizer:', 'Optimzer:'), "did you mean 'Optimizer'"),
+    (CML.replace('loss_config_list:', 'loss_config_lists:'), 'loss_config_lists'), (CML.replace('transforms: [DecodeImage', 'transforms: 3\n    transform: [DecodeImage'), 'a list of operations'), (CML.replace('Backbone: {name: ResNet_vd, in_channels: 3, layers: 50}', 'Backbone: 7'), 'Backbone')])
+def test_odd_files(tmp_path, text, says):
+    row = report(write(tmp_path, text))
+    assert any(says in o['message'] for o in row['refusals']), row
+    assert all('\n' not in o['message'] for o in row['refusals'])
+
+def test_what_comes_along_is_accepted_without_its_files():
+    for p in sorted(shipped_configs().rglob('*.yml')): assert report(p)['refusals']==[], p
+    assert list(missing_files(read_config('det/ppocrv3_cml')))==[f'{s}.dataset.{k}' for s in ('Train','Eval') for k in ('data_dir','label_file_list')]
+
+def test_nothing_is_fetched_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.setattr('distillbook.use.released.pip_download', lambda *_: pytest.fail('a download'))
+    monkeypatch.setenv('DISTILLBOOK_CACHE', str(tmp_path/'cache'))
+    monkeypatch.chdir(tmp_path)
+    assert report('quickstart')['refusals']==[] and report('rec/ppocrv3_distillation')['refusals']==[]
+    assert list(tmp_path.iterdir())==[]
+
+def test_files_that_are_there_are_not_missing(tmp_path):
+    (tmp_path/'data').mkdir()
+    write(tmp_path, 'a\nb\n', 'letters.txt'), write(tmp_path, 'x.png\ta\n', 'data/train.txt'), write(tmp_path, '', 'best.pth')
+    cfg = read_config(write(tmp_path, REC), ['Global.character_dict_path=letters.txt', f'Global.pretrained_model={tmp_path}/best', f'Train.dataset.data_dir={tmp_path}/data', f'Train.dataset.label_file_list=[{tmp_path}/data/train.txt, {tmp_path}/none.txt]'])
+    missing = missing_files(cfg)
+    assert missing['Train.dataset.label_file_list']==[f'{tmp_path}/none.txt'] and not {'Global.character_dict_path','Global.pretrained_model','Train.dataset.data_dir'} & set(missing)
+
+class Counting(nn.Module):
+    "A backbone that wants real numbers"
+    out_channels = [8,8,8,8]
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.size = float(self.conv.weight.abs().sum().item())
+
+def test_a_class_that_wants_numbers_gets_them(tmp_path):
+    text = CML.replace('{name: MobileNetV3, scale: 0.5, model_name: large, disable_se: true}', '{name: test_checker.Counting}')
+    assert refusals(read_config(write(tmp_path, text)))==[]
+    assert without_numbers(lambda: nn.Linear(2, 3)).weight.is_meta
+
+
+# %% loading
+def test_loading_names_the_first_and_counts_the_rest(tmp_path):
+    file = write(tmp_path, changed(CML, ('epoch_num', 'epochs'), ('save_epoch_step', 'save_epoch_steps')))
+    with pytest.raises(UserError) as e: load_config(file)
+    assert "no key 'epochs'; did you mean 'epoch_num'? (and 1 more)" in str(e.value)
+
+
+# %% the command
+def test_command(tmp_path):
+    good,bad = write(tmp_path, CML, 'good.yml'),write(tmp_path, changed(CML, ('epoch_num', 'epochs'), ('RSEFPN', 'RSEFPM')), 'bad.yml')
+    r = run('check', good)
+    assert r.exit_code==0 and r.stdout.strip().endswith('good.yml: accepted') and 'not here: Train.dataset.data_dir' in r.stdout
+    r = run('check', bad)
+    assert r.exit_code==1 and sum(l.startswith(f'{bad}:') for l in r.stdout.splitlines())>=4 and r.stdout.strip().endswith('refusals')
+    r = run('check', tmp_path, tmp_path/'none.yml')
+    assert r.exit_code==1 and '1 of 3 accepted' in r.stdout and 'none.yml cannot be read' in r.stdout
+    rows = json.loads(run('check', good, bad, '--json').stdout)
+    assert [len(o['refusals'])>0 for o in rows]==[False,True] and {'line','key','message'}==set(rows[1]['refusals'][0])
+    assert run('check', good, '-o', 'Global.epoch_num=0').exit_code==1
+    (tmp_path/'empty').mkdir()
+    r = run('check', tmp_path/'empty')
+    assert r.exit_code==2 and 'no .yml or .yaml in this folder' in r.stderr
