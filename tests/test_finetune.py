@@ -8,7 +8,7 @@ from distillbook.checkpoint import load_file
 from distillbook.config import load_config
 from distillbook.config.assembly import experiment
 from distillbook.layers import FixedBatchNorm2d, keep_statistics
-from distillbook.rec.worn import WEAR, receipt_text, write_worn_lines
+from distillbook.rec.worn import WEAR, write_worn_lines
 from distillbook.use.finetune import Between, case_as_read, case_differs, new_threshold, remap_classes
 from distillbook.use.teachers import load_teacher
 from distillbook.use.training import read_metrics, train
@@ -124,7 +124,7 @@ def test_worn_lines(wear, tmp_path):
     assert all((tmp_path/f'a/x/{i:04}.png').read_bytes()==(tmp_path/f'b/x/{i:04}.png').read_bytes() for i in range(3))
 
 def test_between():
-    net,x = small_rec(A).eval(),torch.randn(1,3,48,64)
+    net = small_rec(A).eval()
     old = {k: v.clone() for k,v in net.state_dict().items()}
     between = Between(net, .25)
     with torch.no_grad():

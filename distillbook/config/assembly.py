@@ -245,7 +245,8 @@ def experiment(
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
     if run.eval_first: exp.cbs = [*exp.cbs, *_label_watch(config, exp)]
-    if _averages(config): exp.weights = Between(nets, _averages(config))
+    with Section(config, 'Global').blame('average_with_start'):
+        if share := _averages(config): exp.weights = Between(nets, share)
     return exp
 
 # %% ../../nbs/config/09_assembly.ipynb #8c4e62e8

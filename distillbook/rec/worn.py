@@ -12,7 +12,7 @@ __all__ = ['LINES', 'NUMBERS', 'WORDS', 'WEAR', 'receipt_text', 'fax', 'thermal'
 import cv2, random
 import numpy as np
 from pathlib import Path
-from ..core import UserError, unknown
+from ..core import unknown
 from ..data.render import draw_line, font_files, pseudo_word
 
 # %% ../../nbs/rec/01b_worn.ipynb #e9df8f83
