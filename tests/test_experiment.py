@@ -64,7 +64,7 @@ def test_the_best_state_is_loaded(run):
 def test_summary(run):
     exp,learn,folder = run
     got = json.loads((folder/'summary.json').read_text())
-    assert got==json.loads(json.dumps(learn.summary)) and set(got)=={'networks','best','seconds','samples','machine'}
+    assert got==json.loads(json.dumps(learn.summary)) and set(got)=={'networks','best','seconds','samples','given','machine'}
     assert got['samples']==dict(train=72, near=20, far=12) and set(got['seconds'])=={'data','train','evaluate','pictures'}
     assert set(got['networks']['Student'])=={'parameters','ms_per_image','frozen','weights','near','far'} and got['networks']['Teacher']['parameters']==sum(p.numel() for p in exp.nets['Teacher'].parameters())
     assert got['networks']['Student']['near']['acc']==got['best']['value'] and got['best']['indicator']=='acc' and set(got['machine'])=={'device','threads','torch','distillbook'}

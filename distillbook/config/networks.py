@@ -7,17 +7,18 @@ Docs: https://distillbook.github.io/distillbook/config/networks.html.md"""
 # %% auto #0
 __all__ = ['log', 'TASKS', 'NET_KEYS', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'EXTRA_KEYS', 'LEFT_BEHIND', 'say_once', 'existing',
            'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'build_rec', 'build_det', 'build_network',
-           'load_into', 'as_released', 'DistillationModel', 'build_networks', 'left_behind', 'build_model']
+           'load_into', 'as_released', 'DistillationModel', 'own_weights', 'build_networks', 'left_behind',
+           'build_model']
 
 # %% ../../nbs/config/03_networks.ipynb #f7dbdfef
-import copy, glob, hashlib, logging
+import copy, glob, hashlib, logging, re
 from functools import lru_cache
 from pathlib import Path
 from torch import nn, Tensor
 from ..cache import CachedNet, folded
 from ..core import UserError, write_beside
 from ..layers import keep_statistics, paddle_batchnorm
-from ..nets import Nets, Targets
+from ..nets import NAMES, Nets, Targets, is_name
 
 # %% ../../nbs/config/03_networks.ipynb #70df5f20
 from .registry import BACKBONES, ENCODERS, HEADS, NECKS, TIMM, build, parameters, takes_anything
@@ -29,7 +30,7 @@ from ..rec.nets import MultiHead, RecModel, Sliced
 from ..use.finetune import remap_classes
 from ..use.released import TEACHERS, cache_dir, teacher_file
 from ..use.teachers import ReleasedReader, load_teacher
-from ..use.weights import load_released, load_weights, weights_file
+from ..use.weights import load_weights, weights_file
 
 # %% ../../nbs/config/03_networks.ipynb #cca4ee69
 log = logging.getLogger('distillbook')
@@ -80,7 +81,8 @@ def dictionary(
     if path is None: return None
     with section.blame('character_dict_path'):
         if path in TEACHERS: return _characters_file(teacher_file(path))
-        if Path(path).name=='ppocr_keys_v1.txt' and not _is_there(Path(path)):
+        here = [Path(path), *([folder_of(config)/path] if folder_of(config) else [])]
+        if Path(path).name=='ppocr_keys_v1.txt' and not any(map(_is_there, here)):
             say_once(f"{path} is not here; its characters are taken from the released PP-OCRv3 recogniser")
             return _characters_file(teacher_file('PP-OCRv3_rec'))
         file = existing(path, beside=folder_of(config))
@@ -128,6 +130,8 @@ def net_names(
         raise arch.refuse(f"networks with names are wanted, not {models!r}", 'Models')
     if 'Models' in arch and arch.get('name', 'DistillationModel')!='DistillationModel':
         raise arch.unknown('architecture', arch.get('name'), ['DistillationModel'], 'name')
+    for name in models or ():
+        if not is_name(name): raise arch.refuse(f"the name of a network is wanted: {NAMES}; not {name!r}", 'Models')
     return list(models or ['Model'])
 
 # %% ../../nbs/config/03_networks.ipynb #0429ffc7
@@ -159,6 +163,8 @@ def _backbone(arch, kind):
 # %% ../../nbs/config/03_networks.ipynb #02b55638
 def _timm(part, kind):
     own = {k: v for k,v in part.values.items() if k!='name'}
+    for k in ('checkpoint_path','pretrained_cfg','pretrained_cfg_overlay'): # timm would load and run what they name
+        if k in own: raise part.refuse("where timm finds its weights is not for a configuration to say", k)
     with part.blame():
         try: return TIMM[kind](part.get('name').removeprefix('timm.'), **own)
         except UserError: raise
@@ -320,8 +326,19 @@ def load_into(
     "Load weights, all of them or a `UserError`"
     if str(path).startswith(('http://','https://')): raise UserError(f"{path}: fetch the file first, and give its path")
     file = _weights_file(path)
-    if file.suffix=='.onnx' and hasattr(getattr(net, 'head', None), 'thresh'): load_released(net, file)
-    else: load_weights(net, file)
+    try: load_weights(net, file)
+    except UserError as e: raise UserError(f"{e.message}{_remedy(e.message, net, file)}") from None
+
+def _remedy(message, net, file):
+    "What a user of a configuration can do about weights that do not fit"
+    several = re.search(r"the file holds several nets.*net='([^']+)'", message)
+    if several and not isinstance(net, Nets):
+        name,suffix = several[1],'.pdparams' if file.suffix=='.pdparams' else '.safetensors'
+        return f"; distillbook extract {file} --net {name} -o {name}{suffix} takes it out"
+    shapes = re.findall(r'(\S+) is \[[^]]*\] in the file', message)
+    if '(0 missing, 0 unexpected' in message and shapes and all('head' in k for k in shapes):
+        return "; weights for another dictionary? -o Global.pretrained_dict_path=THEIRS takes over what both have"
+    return ''
 
 def _weights_file(path):
     known = _stand_in(path)
@@ -384,6 +401,13 @@ class DistillationModel(Nets):
 FLAGS = ('bf16','compile') # For frozen networks: how they compute
 EXTRA_KEYS = ('in_channels','out_channels') # PaddleOCR's files have them, and its code does not read them
 
+def own_weights(
+    part:dict, # A network of `Models`
+)->str: # None where there are none, or none are wanted: `pretrained: none`
+    "The file or the released model whose weights a network begins with"
+    path = part.get('pretrained')
+    return None if str(path).lower()=='none' else path or None
+
 def _is_released(part): return not any(part.get(k) for k in ('Backbone','Head','init'))
 
 def _one_net(config, name, made, load):
@@ -392,7 +416,8 @@ def _one_net(config, name, made, load):
     if part.get('init') is not None: return _begun_as(config, part, made)
     if _is_released(part): return _released_net(config, part)
     net = _built(config, _with_part(config, part))
-    path = part.read('pretrained', str, None) if load is None or name in load else None
+    part.read('pretrained', str, None)
+    path = own_weights(part.values) if load is None or name in load else None
     with part.blame('pretrained'):
         if path: load_into(net, path)
     return net

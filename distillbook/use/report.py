@@ -307,11 +307,17 @@ def _rendered(folder, n, write):
     return folder
 
 # %% ../../nbs/use/04_report.ipynb #87ca3753
-_STEP = re.compile(r'global_step: (\d+)')
+_STEP = re.compile(r'global_step: (\d{1,15})(?!\d)')
 _PAIR = re.compile(r'([A-Za-z][\w.]*): (-?(?:\d[\d.e+-]*|nan|inf))')
 _NO_LOSS = 'global_step eta avg_samples ips avg_reader_cost'.split()
 
-def _numbers(line): return {k: float(v) for k,v in _PAIR.findall(line.partition('] ')[2])}
+def _numbers(line):
+    pairs = {k: _number(text) for k,text in _PAIR.findall(line.partition('] ')[2])}
+    return {k: v for k,v in pairs.items() if v is not None}
+
+def _number(text):
+    try: return float(text)
+    except ValueError: return None
 
 def _log_rows(path):
     "Rows of steps and rows of evaluations in a train.log"

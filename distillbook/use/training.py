@@ -6,12 +6,13 @@ Docs: https://distillbook.github.io/distillbook/use/training.html.md"""
 
 # %% auto #0
 __all__ = ['Run', 'Pictures', 'Experiment', 'with_part', 'EvalEvery', 'LogLines', 'MetricsCSV', 'write_metrics', 'read_metrics',
-           'ShowEvals', 'ShowProgress', 'device_for', 'model_of', 'learner', 'load_state', 'evaluate_sets', 'answers',
-           'shown_picture', 'picture_grid', 'caption', 'plot_answers', 'save_figure', 'plot_curves', 'timed', 'finish',
-           'draw_set', 'train', 'show_summary']
+           'ShowEvals', 'ShowProgress', 'device_for', 'model_of', 'ctc_frames', 'leave_out_longer', 'look_over_data',
+           'WarnUntaught', 'learner', 'load_state', 'evaluate_sets', 'answers', 'shown_picture', 'picture_grid',
+           'caption', 'plot_answers', 'save_figure', 'plot_curves', 'timed', 'finish', 'draw_set', 'claim', 'put_aside',
+           'NewSummary', 'check_unfinished', 'train', 'show_summary']
 
 # %% ../../nbs/use/03_training.ipynb #662f42d7
-import copy, csv, datetime, io, json, logging, time
+import copy, csv, datetime, io, json, logging, os, time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,13 +28,15 @@ from fastai.callback.all import ProgressCallback
 
 # %% ../../nbs/use/03_training.ipynb #15dedb95
 from ..checkpoint import Checkpoint, frozen_hashes, load_file, save_file, without_frozen
-from ..core import UserError, keep_memory, write_beside
+from ..core import UserError, keep_memory, printable, write_beside
 from ..learner import DistillLearner, distill_learner, param_groups
-from ..nets import Nets
+from ..nets import Nets, Targets, look_up
 from ..schedules import FollowSchedule
 from ..terms import dry_run
-from .evaluation import Accuracy, NetMetrics, by_network, evaluate, first_batch, fitting, highest
-from .evaluation import log, ms_per_image, say_faults
+from .evaluation import Accuracy, NetMetrics, by_network, device_of, evaluate, first_batch, fitting
+from .evaluation import highest, log, ms_per_image, refused, say_faults
+try: import fcntl
+except ImportError: fcntl = None # Windows
 
 # %% ../../nbs/use/03_training.ipynb #5d04eaa9
 @dataclass
@@ -53,9 +56,11 @@ class Run:
     eval_first:bool=False # Measure before the first step too, as a state like any other: for weights that were loaded
     save_epochs:int=None # Keep the state of every so many epochs
     resume:Path=None # A `latest.pth`, from which the run goes on
+    accept:tuple=() # What may be another than in the run that is gone on from, see `Checkpoint`
     score_batches:bool=False # Log the metric on the batches of training too?
     cbs:list=() # Further callbacks, e.g. `ShowEvals`, or those of `tracker_cbs`
     config:dict=None # What `config.yml` is to hold; None: no such file
+    files:dict=field(default_factory=dict) # Further files that the folder is to hold: name to text, e.g. a dictionary
     seconds:dict=field(default_factory=dict) # What the caller timed before, e.g. data, networks
 
 # %% ../../nbs/use/03_training.ipynb #c1462a05
@@ -69,6 +74,7 @@ class Pictures:
     alphabet:object=None # `Alphabet` of recognisers
     prepare:object=None # From a picture's path to (array [C,H,W], the decoder's second value or None)
     draw:object=None # `draw(batch, answers, n)` gives a figure; None: `plot_answers`
+    width:int=None # To which a shorter line is padded, pixels
     show:int=9 # Samples in a figure
     cost_shape:tuple=None # Of the picture whose cost `summary` tells; None: `shape`, free sizes as in the batch
 
@@ -93,6 +99,8 @@ class Experiment:
     example:tuple=None # (inputs, targets): a made-up batch for `summary`, where there is no data
     measured:dict=field(default_factory=dict) # What the weights were worth when they were saved
     weights:object=nullcontext # A context with the weights that are measured and kept, e.g. `Between(nets)`
+    given:dict=field(default_factory=dict) # Set to what of it counts, see `look_over_data`
+    told:list=() # The same in words
 
     def __post_init__(self):
         self.decoder,self.metric = self.decoder or highest,self.metric or NetMetrics(Accuracy, _student(self.nets))
@@ -263,8 +271,11 @@ def read_metrics(path)->list: # Of dicts; none, if there is no such file
     kinds = dict(step=int, epoch=int)
     try:
         lines = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
-        return [{k: kinds.get(k, float)(v) for k,v in row.items() if v} for row in lines]
-    except (ValueError, TypeError) as e: raise UserError(f"{path}: not the numbers of a run ({e})") from None
+        rows = [{k: kinds.get(k, float)(v) for k,v in row.items() if v} for row in lines]
+    except (ValueError, TypeError, csv.Error, OSError) as e:
+        raise UserError(f"{path}: not the numbers of a run ({e})") from None
+    if all('step' in row for row in rows): return rows
+    raise UserError(f"{path}: not the numbers of a run: rows without a step")
 
 # %% ../../nbs/use/03_training.ipynb #52b4f073
 def _columns(rows, indicator):
@@ -398,13 +409,77 @@ def _callbacks(exp):
     run,folder = exp.run,Path(exp.run.folder)
     add_up = _devices().add_up_nets if num_distrib()>1 else None
     measure = partial(evaluate, model_of(exp), decoder=exp.decoder, metric=exp.metric, add_up=add_up)
-    keep = Checkpoint(folder, 'best_accuracy', 'latest', run.eval_every, run.save_epochs, run.resume)
+    keep = Checkpoint(folder, 'best_accuracy', 'latest', run.eval_every, run.save_epochs, run.resume, run.accept)
     lines = LogLines(run.log_every, run.log_window, _scorer(exp) if run.score_batches else None)
     look = EvalEvery(measure, exp.metric.main_indicator, run.eval_start, run.eval_every, run.eval_first, exp.weights)
     earlier = Path(run.resume).parent/'metrics.csv' if run.resume else None
     table = [] if rank_distrib() else [MetricsCSV(folder/'metrics.csv', earlier)]
     follow = [FollowSchedule(exp.schedule)] if exp.schedule else []
-    return [*follow, *exp.cbs, lines, look, keep, *table]
+    return [*follow, *exp.cbs, lines, look, keep, WarnUntaught(), *table]
+
+# %% ../../nbs/use/03_training.ipynb #96d73341
+def ctc_frames(
+    exp:Experiment,
+)->int: # None where nothing is trained by CTC
+    "How many frames the networks give for a picture of the training data"
+    if not _are_prepared(exp.dls.train) or not _are_alike(exp.dls.train): return None
+    from distillbook.rec.losses import ctc_loss
+    heads = [t.addresses[0] for t in exp.terms if _function_of(t) is ctc_loss]
+    if not heads: return None
+    try:
+        with dry_run(exp.nets):
+            x,*yb = first_batch(exp.dls.train, 2, bs=2)
+            x,more = x.to(device_of(exp.nets)),[Targets(yb)] if exp.nets.want_targets() else []
+            outs = exp.nets.train()(x, *more)
+            return min(look_up(outs, a).shape[1] for a in heads)
+    except (KeyError, AttributeError, IndexError): return None # Another output than CTC's: the terms will say so
+
+def _are_prepared(dl):
+    "Are there operations on samples? Otherwise nothing is known of what they are"
+    return hasattr(getattr(dl, 'dataset', None), 'ops')
+
+def _are_alike(dl):
+    "Have all pictures of a loader one width?"
+    from distillbook.data.loader import SampleDL
+    from distillbook.data.shards import ShardDL
+    from distillbook.rec.operations import RecResizeImg
+    one_size = any(isinstance(o, RecResizeImg) and not o.grow for o in dl.dataset.ops)
+    return one_size and type(dl) in (SampleDL,ShardDL) and not dl.buckets
+
+def _function_of(term): return getattr(term.fn, 'func', term.fn)
+
+# %% ../../nbs/use/03_training.ipynb #5214c6fe
+def leave_out_longer(dl, frames):
+    "Let a loader leave out labels that so many frames cannot write"
+    from distillbook.use.given import FitsFrames
+    ops = dl.dataset.ops
+    if not any(isinstance(o, FitsFrames) for o in ops): ops.append(FitsFrames(frames))
+
+def look_over_data(exp:Experiment, frames:int=None)->list: # Texts
+    "What of the data of an experiment counts; it is kept in `exp.given`"
+    sets = {} if exp.dls is None else dict(Train=(exp.dls.train, frames))
+    sets |= {'Eval' if name in ('eval','valid') else f'Eval.{name}': (dl, None) for name,dl in exp.evals.items()}
+    sets = {k: (dl, n) for k,(dl,n) in sets.items() if _are_prepared(dl)}
+    if sets: from distillbook.use.given import look_over, sentences
+    exp.given = {k: look_over(dl.dataset, n) for k,(dl,n) in sets.items()}
+    origins = ', '.join(f"{n} {exp.sources.get(n, 'new')}{' (frozen)' if n in exp.nets.frozen else ''}"
+        for n in exp.nets.names)
+    found = [s for side,o in exp.given.items() for s in sentences(side, o, side=='Train')]
+    return [f'weights: {origins}', *found]
+
+# %% ../../nbs/use/03_training.ipynb #efd80a1b
+class WarnUntaught(Callback):
+    "Says once which networks learn nothing though they are not frozen"
+    only_in_fit = True
+    def before_fit(self): self.told = hasattr(self.learn, 'lr_finder')
+    def after_backward(self):
+        if self.told: return
+        self.told,nets = True,get_model(self.learn.model)
+        for n in nets.names:
+            own = [p for p in nets[n].parameters() if p.requires_grad]
+            if n in nets.frozen or not own or any(p.grad is not None for p in own): continue
+            log.warning("%s: no term teaches this network, and it is not frozen: its weights stay as they are, and the "
+                "running statistics of its BatchNorms drift; freeze it (freeze_params: true), or give it a term", n)
 
 # %% ../../nbs/use/03_training.ipynb #c0c85527
 def learner(
@@ -418,6 +493,9 @@ def learner(
     _channels_last(exp.nets)
     dls = _own_part(exp.dls, device)
     if not len(dls.train): raise UserError("Train: fewer samples than one batch")
+    frames = ctc_frames(exp)
+    if frames: leave_out_longer(dls.train, frames)
+    if not rank_distrib(): exp.told = look_over_data(exp, frames)
     learn = distill_learner(dls, exp.nets, exp.terms, opt_func=exp.opt_func, groups=exp.groups, lr=exp.lr,
         cbs=_callbacks(exp), compile=run.compile)
     _try_evaluation(exp)
@@ -457,12 +535,15 @@ def evaluate_sets(
     exp:Experiment,
     bar=iter, # See `evaluate`
 )->dict: # `{set: {number: value}}`
-    "What the networks are worth on each evaluation set"
+    "What the networks are worth on each evaluation set, and how many lines were refused, if any"
     if not exp.evals: raise UserError("there is no data to evaluate")
     exp.nets.to(device_for(exp.run))
     res = {}
     for name,dl in exp.evals.items():
+        before = refused(dl)
         with fitting(f'an evaluation ({name})'): res[name] = evaluate(model_of(exp), dl, exp.decoder, exp.metric, bar)
+        out = refused(dl)-before
+        if out: res[name] |= dict(lines=len(dl.dataset), refused=out)
         say_faults(f'Eval ({name})', dl)
     return res
 
@@ -606,7 +687,7 @@ def finish(
         value = best['metrics'][indicator]
         best = dict(indicator=indicator, value=value, epoch=best['epoch']+1, step=best['step'])
     machine = _machine(device_for(exp.run))
-    summary = dict(networks=rows, best=best, seconds=seconds, samples=_sizes(exp), machine=machine)
+    summary = dict(networks=rows, best=best, seconds=seconds, samples=_sizes(exp), given=exp.given, machine=machine)
     with write_beside(folder/'summary.json') as tmp: tmp.write_text(json.dumps(summary, indent=1), encoding='utf-8')
     return summary
 
@@ -616,12 +697,59 @@ def draw_set(exp:Experiment, name:str, dl):
     draw = exp.pictures.draw or plot_answers
     save_figure(draw(batch, said, exp.pictures.show), Path(exp.run.folder)/f'pictures_{name}.png')
 
+# %% ../../nbs/use/03_training.ipynb #be94a493
+def claim(
+    file, # Open for writing: the log of a run
+):
+    "Keep other trainings out of the folder as long as this process has its log open; `UserError` if one is in it"
+    if fcntl is None: return # Windows
+    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{Path(file.name).parent}: another training is running in this folder; let it end, or take "
+            "another one (Global.save_model_dir)") from None
+    except OSError: pass # A file system without locks
+
+def put_aside(
+    run:Run,
+):
+    "The best state of an earlier run in the folder, which would be taken for this one's"
+    folder = Path(run.folder)
+    best = folder/'best_accuracy.pth'
+    if not best.exists() or (run.resume and Path(run.resume).parent.resolve()==folder.resolve()): return
+    best.replace(folder/'earlier_best_accuracy.pth')
+    log.warning("%s: the best state of an earlier run is now earlier_best_accuracy.pth", folder)
+
+# %% ../../nbs/use/03_training.ipynb #4783f2e5
+class NewSummary(Callback):
+    "An old summary goes when a fit begins, after its state has been taken up"
+    order,only_in_fit = 65,True
+    def __init__(self,
+        path, # The file
+    ): self.path = Path(path)
+    def before_fit(self):
+        if not hasattr(self.learn, 'lr_finder'): self.path.unlink(missing_ok=True)
+
+def check_unfinished(
+    run:Run,
+):
+    "`UserError` if the run that is to be gone on from has ended"
+    if not run.resume or not (Path(run.resume).parent/'summary.json').exists(): return
+    state = load_file(run.resume)
+    if not isinstance(state, dict) or state.get('batch', 0) is not None: return
+    if not isinstance(state.get('epoch'), int): return
+    if (done := state['epoch']+1)==run.epochs:
+        raise UserError(f"{run.resume}: {done} of {run.epochs} epochs done; to go on, raise Global.epoch_num")
+
 # %% ../../nbs/use/03_training.ipynb #d0ab82ab
+class _OneLine(logging.Formatter):
+    def format(self, record): return printable(super().format(record))
+
 @contextmanager
 def _log_file(folder):
     folder.mkdir(parents=True, exist_ok=True)
     file,level = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
-    file.setFormatter(logging.Formatter('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
+    claim(file.stream)
+    file.setFormatter(_OneLine('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
     log.setLevel(logging.INFO)
     log.addHandler(file)
     try: yield
@@ -630,13 +758,17 @@ def _log_file(folder):
         log.setLevel(level)
         file.close()
 
-def _begin(learn, run):
-    "Say what is going to happen"
+def _begin(learn, exp):
+    "Say what is going to happen, and on what"
+    run = exp.run
     nets,dls,others = learn.model,learn.dls,num_distrib()-1
     names = ', '.join(f"{n}{' frozen' if n in nets.frozen else ''}" for n in nets.names)
     ranks = f' and {others} other ranks' if others>0 else ''
     log.info('train with %d networks (%s), %d lines, %d steps an epoch, on %s%s', len(nets.names), names,
         len(dls.train.dataset), len(dls.train), dls.device, ranks)
+    for line in exp.told: log.info('%s', line)
+    for name,text in run.files.items():
+        with write_beside(Path(run.folder)/name) as tmp: tmp.write_text(text, encoding='utf-8')
     if run.config is None: return
     text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
     with write_beside(Path(run.folder)/'config.yml') as tmp: tmp.write_text(text, encoding='utf-8')
@@ -655,15 +787,28 @@ def train(
     run,first,seconds = exp.run,not rank_distrib(),dict(exp.run.seconds)
     if run.threads: torch.set_num_threads(run.threads)
     keep_memory()
-    with _log_file(Path(run.folder)) if first else nullcontext():
+    check_unfinished(run)
+    with _in_folder(Path(run.folder)) if first else nullcontext():
         learn = learner(exp)
         if first:
-            learn.add_cbs(run.cbs)
-            _begin(learn, run)
+            learn.add_cbs([*run.cbs, NewSummary(Path(run.folder)/'summary.json')])
+            put_aside(run)
+            _begin(learn, exp)
         with timed(seconds, 'train'): _fit(learn, run.epochs)
         say_faults('Train', learn.dls.train)
         learn.summary = finish(learn, exp, seconds) if first else None
     return learn
+
+@contextmanager
+def _in_folder(folder):
+    "Alone, with a log; and the folder is still the same one at the end"
+    with _log_file(folder):
+        began = os.stat(folder/'train.log').st_ino
+        yield
+        try: same = os.stat(folder/'train.log').st_ino==began
+        except OSError: same = False
+        if not same: raise UserError(f"{folder}: files of this run were deleted while it trained, train.log for one; "
+            "what is there now is not the whole run")
 
 # %% ../../nbs/use/03_training.ipynb #b2c744ca
 def show_summary(
