@@ -353,7 +353,8 @@ def _for_training(config, run):
 def _label_watch(config, exp):
     "A look at the case of the labels, where lines can be read one by one"
     train = exp.dls.train
-    if task(config)!='rec' or isinstance(train, ShardDL) or getattr(train.dataset.source, 'unlabelled', False): return []
+    if task(config)!='rec' or isinstance(train, ShardDL): return []
+    if getattr(train.dataset.source, 'unlabelled', False): return []
     return [LabelCase(model_of(exp), exp.decoder, exp.metric.key)]
 
 def _lr_section(config):
