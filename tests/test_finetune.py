@@ -3,11 +3,12 @@ import copy, logging
 import pytest, torch
 from torch import nn
 from distillbook.core import UserError
-from distillbook.det.nets import plain_det, ppocrv3_det
+from distillbook.det.nets import ppocrv3_det
 from distillbook.checkpoint import load_file
 from distillbook.config import load_config
 from distillbook.config.assembly import experiment
-from distillbook.layers import FixedBatchNorm2d, keep_statistics
+from distillbook.layers import FixedBatchNorm2d, conv_bn, keep_statistics
+from distillbook.nets import Nets
 from distillbook.rec.worn import WEAR, write_worn_lines
 from distillbook.use.finetune import Between, case_as_read, case_differs, new_threshold, remap_classes
 from distillbook.use.teachers import load_teacher
@@ -137,3 +138,9 @@ def test_between():
     assert all(torch.equal(v, now[k]) for k,v in net.state_dict().items())
     for share in (0, -1, 1.5):
         with pytest.raises(UserError, match='above 0'): Between(net, share)
+
+def test_several_ranks_leave_fixed_norms_alone():
+    devices = pytest.importorskip('distillbook.devices')
+    nets = Nets(dict(kept=keep_statistics(conv_bn(3, 4)), other=conv_bn(3, 4)))
+    devices._sync_batchnorm(nets)
+    assert type(nets['kept'][1]) is FixedBatchNorm2d and isinstance(nets['other'][1], nn.SyncBatchNorm)
