@@ -6,8 +6,9 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'fresh',
-           'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'without_labels', 'check_teachers',
-           'rows_of', 'check_heights', 'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
+           'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'begins_trained', 'without_labels',
+           'check_teachers', 'rows_of', 'check_heights', 'experiment', 'ready_networks', 'build_learner', 'outline',
+           'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -21,6 +22,7 @@ from ..core import UserError
 from ..data.operations import DecodeImage
 from ..data.pictures import read_picture
 from ..data.sets import check_cacheable
+from ..data.shards import ShardDL
 from ..nets import Nets
 
 # %% ../../nbs/config/09_assembly.ipynb #6144596a
@@ -39,7 +41,8 @@ from ..use.report import tracker_cbs
 from ..rec.decode import draw_reads
 from ..use.results import plot_found
 from ..use.evaluation import device_of
-from ..use.training import Experiment, Pictures, Run, learner, load_state, timed
+from ..use.finetune import Between, LabelCase
+from ..use.training import Experiment, Pictures, Run, learner, load_state, model_of, timed
 
 # %% ../../nbs/config/09_assembly.ipynb #6681855f
 log = logging.getLogger('distillbook')
@@ -246,6 +249,14 @@ def sources_of(
         return str(whole or own_weights(own) or begun or f"new (seed {seed})")
     return {name: source(name) for name in net_names(config)}
 
+def begins_trained(
+    config:dict, # The whole configuration
+)->bool:
+    "Does a network that learns begin with weights from elsewhere?"
+    g,models = config.get('Global') or {},config['Architecture'].get('Models') or {}
+    parts = [m for m in models.values() if isinstance(m, dict) and not m.get('freeze_params')]
+    return bool(g.get('pretrained_model') or any(m.get('pretrained') for m in parts))
+
 # %% ../../nbs/config/09_assembly.ipynb #ab5f7480
 def without_labels(
     config:dict, # The whole configuration
@@ -311,9 +322,10 @@ def experiment(
     "Everything that a run needs, built"
     config = fresh(usable(config))
     run = run_settings(config)
+    run.eval_first = begins_trained(config) and not run.resume
     set_seed(run.seed)
     with timed(run.seconds, 'networks'):
-        nets = as_nets(build_networks(config, load=frozen_elsewhere(run.resume)) if run.resume else build_model(config))
+        nets = as_nets(_for_training(config, run))
         check_heights(config, nets)
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
@@ -326,7 +338,25 @@ def experiment(
         schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
+    if run.eval_first: exp.cbs = [*exp.cbs, *_label_watch(config, exp)]
+    with Section(config, 'Global').blame('average_with_start'):
+        if share := _averages(config): exp.weights = Between(nets, share)
     return exp
+
+# %% ../../nbs/config/09_assembly.ipynb #8c4e62e8
+def _averages(config): return Section(config, 'Global').read('average_with_start', float, None, least=0)
+
+def _for_training(config, run):
+    "The networks as they begin; their own weights are not needed for a run that goes on, unless it averages with them"
+    if not run.resume or _averages(config): return build_model(config)
+    return build_networks(config, load=frozen_elsewhere(run.resume))
+
+def _label_watch(config, exp):
+    "A look at the case of the labels, where lines can be read one by one"
+    train = exp.dls.train
+    if task(config)!='rec' or isinstance(train, ShardDL): return []
+    if getattr(train.dataset.source, 'unlabelled', False): return []
+    return [LabelCase(model_of(exp), exp.decoder, exp.metric.key)]
 
 def _lr_section(config):
     optimizer = Section(config).section('Optimizer')

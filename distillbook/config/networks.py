@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn, Tensor
 from ..cache import CachedNet, folded
 from ..core import UserError, say_once, write_beside
-from ..layers import paddle_batchnorm
+from ..layers import keep_statistics, paddle_batchnorm
 from ..nets import NAMES, Nets, Targets, is_name
 
 # %% ../../nbs/config/03_networks.ipynb #70df5f20
@@ -463,7 +463,7 @@ def build_networks(
 )->nn.Module: # A `DistillationModel`, or a `RecModel` or `DetModel` where there is one network without a name
     "The networks of `Architecture`"
     names = net_names(config)
-    if 'Models' not in config['Architecture']: return _built(config, Section(config, 'Architecture'))
+    if 'Models' not in config['Architecture']: return _norms(config, _built(config, Section(config, 'Architecture')))
     made,trying = {},Trying()
     for name in names:
         part = Section(config, 'Architecture', 'Models', name)
@@ -474,9 +474,13 @@ def build_networks(
     names = [n for n in names if n in made]
     frozen = [n for n in names if Section(config, 'Architecture', 'Models', n).read('freeze_params', bool, False)]
     bf16,compiled = ([n for n in _flagged(config, key) if n in made] for key in ('bf16','compile'))
-    model = DistillationModel(made, frozen, bf16=bf16)
+    model = DistillationModel({n: _norms(config, net) for n,net in made.items()}, frozen, bf16=bf16)
     for name in compiled: model[name].compile()
     return model
+
+def _norms(config, net):
+    "With statistics that stay, if `Global.keep_statistics` says so"
+    return keep_statistics(net) if Section(config).maybe('Global').read('keep_statistics', bool, False) else net
 
 # %% ../../nbs/config/03_networks.ipynb #b5978685
 # Files in PaddleOCR's configurations that only their authors had: in en_PP-OCRv4_rec.yml of release 2.7, and in

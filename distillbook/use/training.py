@@ -54,6 +54,7 @@ class Run:
     log_window:int=20 # Steps whose median is logged
     eval_start:int=0 # Steps before evaluations begin
     eval_every:int=2000 # Steps from evaluation to evaluation
+    eval_first:bool=False # Measure before the first step too, as a state like any other: for weights that were loaded
     save_epochs:int=None # Keep the state of every so many epochs
     resume:Path=None # A `latest.pth`, from which the run goes on
     accept:tuple=() # What may be another than in the run that is gone on from, see `Checkpoint`
@@ -98,6 +99,7 @@ class Experiment:
     sources:dict=field(default_factory=dict) # Network to where its weights come from
     example:tuple=None # (inputs, targets): a made-up batch for `summary`, where there is no data
     measured:dict=field(default_factory=dict) # What the weights were worth when they were saved
+    weights:object=nullcontext # A context with the weights that are measured and kept, e.g. `Between(nets)`
     given:dict=field(default_factory=dict) # Set to what of it counts, see `look_over_data`
     told:list=() # The same in words
 
@@ -125,31 +127,39 @@ class EvalEvery(Callback):
         evaluate, # From a loader to a dict of numbers
         indicator:str, # The number by which states are compared
         start:int=0, every:int=2000, # After step `start + every`, `start + 2*every`, ...
+        first:bool=False, # Before the first step too?
+        weights=nullcontext, # See `Experiment`
     ):
-        self.evaluate,self.indicator,self.start,self.every = evaluate,indicator,start,every
-        self.rows = []
+        self.evaluate,self.indicator,self.weights,self.rows = evaluate,indicator,weights,[]
+        self.start,self.every,self.first = start,every,first
 
     @property
     def step(self): return self.epoch*self.n_iter + self.iter + 1
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
+    def before_epoch(self):
+        if self.first and not self.train_iter: self.measure(0, 0)
     def before_validate(self): raise CancelValidException
     def after_batch(self):
         last = self.epoch==self.n_epoch-1 and self.iter==self.n_iter-1
         due = self.step>self.start and (self.step-self.start)%self.every==0
-        if self.training and (last or due): self.measure()
+        if self.training and (last or due): self.measure(self.step, self.epoch+1)
 
 # %% ../../nbs/use/03_training.ipynb #02fa61d0
 TRAIN_SIZE,EVAL_SIZE = (f'{side}.loader.batch_size_per_card' for side in ('Train','Eval'))
 
 @patch
-def measure(self:EvalEvery):
+def measure(self:EvalEvery, step, epoch):
     "Evaluate now, and save the state if it is the best"
-    dl,checkpoint = self.learn.dls.valid,self.learn.checkpoint
-    with enough_memory(dl, EVAL_SIZE): numbers = self.evaluate(dl)
-    self.rows.append(dict(step=self.step, epoch=self.epoch+1, **numbers))
-    log.info('cur metric, %s', ', '.join(f'{k}: {v:.5g}' for k,v in numbers.items()))
-    value = numbers[self.indicator]
+    with self.weights():
+        with enough_memory(self.learn.dls.valid, EVAL_SIZE): numbers = self.evaluate(self.learn.dls.valid)
+        self.rows.append(dict(step=step, epoch=epoch, **numbers))
+        log.info('%s metric, %s', 'cur' if step else 'first', ', '.join(f'{k}: {v:.5g}' for k,v in numbers.items()))
+        self.keep_best(numbers)
+
+@patch
+def keep_best(self:EvalEvery, numbers):
+    value,checkpoint = numbers[self.indicator],self.learn.checkpoint
     if checkpoint.best is None or value>=checkpoint.best:
         checkpoint.check_weights(checkpoint.best_file)
         checkpoint.best = value
@@ -161,7 +171,8 @@ def save(self:EvalEvery, checkpoint, numbers):
     nets = get_model(self.learn.model)
     model = {k: v.cpu() for k,v in without_frozen(nets).items()}
     state = dict(model=model, frozen=checkpoint.hashes, metrics=numbers)
-    save_file({**state, 'indicator': self.indicator, 'epoch': self.epoch, 'step': self.step}, checkpoint.best_file)
+    when = dict(epoch=self.rows[-1]['epoch']-1, step=self.rows[-1]['step'])
+    save_file({**state, 'indicator': self.indicator, **when}, checkpoint.best_file)
 
 # %% ../../nbs/use/03_training.ipynb #20c15f06
 class LogLines(Callback):
@@ -227,10 +238,15 @@ class MetricsCSV(Callback):
         done = self.train_iter
         self.rows = [row for row in read_metrics(self.earlier) if row['step']<=done] if done else []
         self.before = self.rows[-1]['seconds'] if self.rows else 0.
+        self.take(0)
 
     def after_batch(self):
-        measured = self.learn.eval_every.rows if self.training else []
-        if not measured or measured[-1]['step']!=self.learn.eval_every.step: return
+        if self.training: self.take(self.learn.eval_every.step)
+
+    def take(self, step):
+        "The row of a step, if it was measured"
+        measured = self.learn.eval_every.rows
+        if not measured or measured[-1]['step']!=step: return
         self.rows.append(self.row(**measured[-1]))
         write_metrics(self.rows, self.path)
 
@@ -238,16 +254,17 @@ class MetricsCSV(Callback):
 @patch
 def row(self:MetricsCSV, step, epoch, fps=None, **numbers)->dict:
     "An evaluation with the mean loss since the one before, and the seconds since the start"
-    first = self.rows[-1]['step'] if self.rows else 0
-    loss = torch.stack(self.learn.term_recorder.steps[first:step]).sum(-1).mean().item()
+    losses = self.learn.term_recorder.steps[self.rows[-1]['step'] if self.rows else 0:step]
+    loss = torch.stack(losses).sum(-1).mean().item() if losses else None
     return dict(step=step, epoch=epoch, loss=loss, **numbers, seconds=self.before+time.perf_counter()-self.since)
 
 def write_metrics(rows:list, path):
     "Rows as a CSV file, whole or not at all"
     text = io.StringIO()
-    table = csv.DictWriter(text, list({k: None for row in rows for k in row}))
+    whole_first = sorted(rows, key=len, reverse=True) # Row 0, once read from a file, has no loss
+    table = csv.DictWriter(text, list({k: None for row in whole_first for k in row}))
     table.writeheader()
-    table.writerows({k: v if isinstance(v, int) else f'{v:.6g}' for k,v in row.items()} for row in rows)
+    table.writerows({k: v if v is None or isinstance(v, int) else f'{v:.6g}' for k,v in row.items()} for row in rows)
     with write_beside(path) as tmp: tmp.write_text(text.getvalue(), encoding='utf-8')
 
 def read_metrics(path)->list: # Of dicts; none, if there is no such file
@@ -277,12 +294,17 @@ class ShowEvals(Callback):
     ): self.console = console
 
     def before_fit(self): self.run,self.columns = not hasattr(self.learn, 'lr_finder'),None
-
+    def before_epoch(self):
+        if not self.train_iter: self.show(0)
     def after_batch(self):
-        rows = self.learn.metrics_csv.rows if self.training else []
-        if not rows or rows[-1]['step']!=self.learn.eval_every.step: return
+        if self.training: self.show(self.learn.eval_every.step)
+
+    def show(self, step):
+        "The row of a step, if it was measured"
+        rows = self.learn.metrics_csv.rows
+        if not rows or rows[-1]['step']!=step: return
         if self.columns is None: self.head(rows[-1])
-        self.print([f'{v:.3f}' if isinstance(v, float) else str(v) for v in map(rows[-1].get, self.columns)])
+        self.print([_cell(v) for v in map(rows[-1].get, self.columns)])
 
     def head(self, row):
         shown = _columns([row], self.learn.eval_every.indicator)
@@ -292,6 +314,10 @@ class ShowEvals(Callback):
     def print(self, cells):
         line = '  '.join(f'{c:>{max(len(k), 7)}}' for c,k in zip(cells, self.columns))
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+def _cell(v):
+    if v is None: return ''
+    return f'{v:.3f}' if isinstance(v, float) else str(v)
 
 # %% ../../nbs/use/03_training.ipynb #90b7e9ac
 class ShowProgress(Callback):
@@ -411,7 +437,7 @@ def _callbacks(exp):
     measure = partial(evaluate, model_of(exp), decoder=exp.decoder, metric=exp.metric, add_up=add_up)
     keep = Checkpoint(folder, 'best_accuracy', 'latest', run.eval_every, run.save_epochs, run.resume, run.accept)
     lines = LogLines(run.log_every, run.log_window, _scorer(exp) if run.score_batches else None)
-    look = EvalEvery(measure, exp.metric.main_indicator, run.eval_start, run.eval_every)
+    look = EvalEvery(measure, exp.metric.main_indicator, run.eval_start, run.eval_every, run.eval_first, exp.weights)
     earlier = Path(run.resume).parent/'metrics.csv' if run.resume else None
     table = [] if rank_distrib() else [MetricsCSV(folder/'metrics.csv', earlier)]
     follow = [FollowSchedule(exp.schedule)] if exp.schedule else []
