@@ -25,6 +25,7 @@ from fastai.callback.all import MixedPrecision, ParamScheduler
 from .cache import CachedNet
 from .core import UserError, unknown, write_beside
 from .learner import DistillLearner
+from .metrics import less_is_better
 from .nets import Nets
 from .schedules import FollowSchedule
 
@@ -439,7 +440,7 @@ def save_best(self:Checkpoint):
     value = float(rec.values[-1][rec.metric_names[1:].index(monitor)])
     column = next((m for m in self.learn.metrics if m.name==monitor), None)
     name,what = (column.net,column.what) if column else (None,monitor)
-    sign = -1 if 'loss' in what or 'error' in what else 1
+    sign = -1 if less_is_better(what) else 1
     if math.isnan(value) or (self.best is not None and sign*value < sign*self.best): return
     self.best = value
     if rank_distrib(): return

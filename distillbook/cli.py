@@ -6,9 +6,10 @@ Docs: https://distillbook.github.io/distillbook/use/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RANK', 'console', 'errors', 'app', 'CONFIG_HELP', 'OVERRIDE_HELP', 'CONFIG', 'RUN', 'OVERRIDE', 'JSON', 'DRAW',
-           'MORE', 'TRUST_HELP', 'TRUST', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'show_log', 'bar',
-           'say', 'cell', 'table', 'save_picture', 'load', 'load_trained', 'train', 'summary', 'short_count', 'lr_find',
-           'evaluate', 'predict', 'extract', 'export', 'read', 'compare', 'render', 'teachers', 'check']
+           'MORE', 'TRUST_HELP', 'TRUST', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'stop_for',
+           'show_log', 'bar', 'say', 'cell', 'table', 'save_picture', 'load', 'load_trained', 'train', 'summary',
+           'short_count', 'lr_find', 'evaluate', 'predict', 'extract', 'export', 'read', 'compare', 'render',
+           'teachers', 'check']
 
 # %% ../nbs/use/08_cli.ipynb #170e2d03
 import json, logging, os, sys, warnings
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from .core import UserError, one_line, printable, unknown
 
@@ -50,6 +51,12 @@ def stop(message, status):
     raise typer.Exit(status)
 
 # %% ../nbs/use/08_cli.ipynb #8347b861
+def stop_for(faults, n):
+    "Name the pictures that could not be used, and exit with status 1 if there are any"
+    if not faults: return
+    for why in [*faults.values()][:20]: print(f'distillbook: {one_line(why)}', file=sys.stderr)
+    stop(f'{len(faults)} of {n} pictures could not be used; the others are done', 1)
+
 class _Lines(logging.Handler):
     "Log lines on the error stream, above a progress bar if there is one"
     def emit(self, record): print(printable(self.format(record)), file=sys.stderr)
@@ -102,7 +109,7 @@ def cell(value)->Text:
 
 def table(rows):
     "A list of dicts as a table"
-    t = Table(*map(cell, rows[0])) if rows else Table()
+    t = Table(*(Column(cell(k)) for k in rows[0])) if rows else Table()
     for r in rows: t.add_row(*(cell(v) for v in r.values()))
     console.print(t)
 
@@ -259,11 +266,16 @@ def predict(
     distillbook predict --run output/det pages    (a detector: draws its boxes into output/det/det_results_NET)
     """
     with one_line_errors():
-        more = [o for o in images or [] if '=' in o and not Path(o).exists()]
-        rows = _predicted(run, config, [o for o in images or [] if o not in more], [*override, *more])
-        if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        flat = list(_rows_of_texts(rows))
-        console.print(_table_of_texts(flat) if flat or not rows else _table_of_boxes(rows))
+        from distillbook.data.pictures import file_and_page
+        more = [o for o in images or [] if '=' in o and not file_and_page(o)[0].exists()]
+        rows,faults = _predicted(run, config, [o for o in images or [] if o not in more], [*override, *more])
+        if as_json: print(json.dumps(rows, ensure_ascii=False))
+        else: console.print(_predictions(rows))
+        stop_for(faults, len(rows)+len(faults))
+
+def _predictions(rows):
+    flat = list(_rows_of_texts(rows))
+    return _table_of_texts(flat) if flat or not rows else _table_of_boxes(rows)
 
 # %% ../nbs/use/08_cli.ipynb #87983d47
 def _predicted(run, config, images, overrides):
@@ -273,14 +285,15 @@ def _predicted(run, config, images, overrides):
     from distillbook.use.results import draw_found, predict, save_reads
     if not images and not cfg['Global'].get('infer_img'): raise UserError("which pictures?")
     paths = image_paths(images or [cfg['Global']['infer_img']])
-    exp = ready_networks(cfg)
-    rows,to = predict(exp, paths, bar('reading')),cfg['Global'].get('save_res_path') if config is not None else None
+    exp,faults = ready_networks(cfg),{}
+    rows = predict(exp, paths, bar('reading'), faults)
+    to = cfg['Global'].get('save_res_path') if config is not None else None
     if to: save_reads(rows, to)
     if exp.pictures.task=='det':
         made = draw_found(rows, run or Path(to or 'output/predict.txt').parent)
         folders = ', '.join(dict.fromkeys(str(p.parent) for p in made))
         print(f"distillbook: {len(made)} pictures drawn in {folders}", file=sys.stderr)
-    return rows
+    return rows,faults
 
 # %% ../nbs/use/08_cli.ipynb #8a65de85
 def _rows_of_texts(rows):
@@ -384,6 +397,7 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
     rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
         help='Draw what was read; for several pictures, a folder'),
+    turned:bool=typer.Option(False, '--turned', help='Pages may lie on their side or stand on their head; lines too'),
     as_json:bool=JSON):
     """Read whole pages: find the lines, straighten them, read them.
 
@@ -393,27 +407,35 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
     """
     with one_line_errors():
         show_log()
-        from distillbook.data.pictures import image_paths
+        from distillbook.data.pictures import each_picture, image_paths
         from distillbook.use.ocr import Reader, to_json
-        paths,reader = image_paths(images),Reader(det, rec)
-        pages = reader.read_pages(paths, bar('reading'))
-        if draw: _draw_pages(draw, paths, pages)
-        rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in zip(paths, pages)]
-        if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}")
-            for r in rows for l in r['lines']])
+        paths = image_paths(images)
+        pages,faults = each_picture(paths, Reader(det, rec, turned=turned), bar('reading'))
+        if draw: _draw_pages(draw, pages, len(paths)>1)
+        rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in pages]
+        if as_json: print(json.dumps(rows, ensure_ascii=False))
+        else: table([row for r in rows for row in _lines_of(r)])
+        stop_for(faults, len(paths))
+
+def _lines_of(page):
+    "A row a line; of a page on which nothing was found a row that says so"
+    name = Path(page['image']).name
+    found = [dict(image=name, text=l['text'], confidence=f"{l['confidence']:.3f}") for l in page['lines']]
+    return found or [dict(image=name, text='(no text found)', confidence='')]
 
 # %% ../nbs/use/08_cli.ipynb #b13cb83e
-def _draw_pages(to, paths, pages):
+def _draw_pages(to, pages, several):
     import cv2
     from distillbook.core import write_beside
-    from distillbook.use.ocr import as_image, draw_page
-    if len(paths)==1 and to.suffix not in ('.png','.jpg'):
+    from distillbook.data.pictures import drawing_paths, read_picture
+    from distillbook.use.ocr import draw_page
+    if not several and to.suffix not in ('.png','.jpg'):
         raise UserError(f"{to}: a picture's name ends with .png or .jpg")
-    for p,lines in zip(paths, pages):
-        file = to if len(paths)==1 else to/f'{p.stem}.png'
-        picture = cv2.imencode(file.suffix, draw_page(as_image(p), lines))[1]
-        with write_beside(file) as tmp: tmp.write_bytes(picture.tobytes())
+    files = drawing_paths([p for p,_ in pages], to)
+    for path,lines in pages:
+        file = files[path] if several else to
+        drawn = cv2.imencode(file.suffix, draw_page(read_picture(path), lines))[1]
+        with write_beside(file) as tmp: tmp.write_bytes(drawn.tobytes())
 
 # %% ../nbs/use/08_cli.ipynb #0527f342
 @app.command()

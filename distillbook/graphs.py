@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastai.basics import Callback, get_model, num_distrib
 from platformdirs import user_cache_dir
 from .core import one_line
-from .nets import Nets
+from .nets import Nets, members
 
 # %% ../nbs/learning/06b_graphs.ipynb #30811a52
 log = logging.getLogger('distillbook')
@@ -100,6 +100,8 @@ class Graphed:
         self.forward,self.backward = tape(),tape()
         with torch.set_grad_enabled(bool(self.params)), self.forward: out = fn()
         leaves,self.form = tree_flatten(out)
+        odd = next((o for o in leaves if members(o)), None)
+        if odd is not None: raise ValueError(f"it returns a {type(odd).__name__}, in which tensors are not found again")
         moving = [o for o in leaves if isinstance(o, Tensor) and o.requires_grad]
         self.moves = [any(o is m for m in moving) for o in leaves]
         self.outs = [o.detach() if isinstance(o, Tensor) else o for o in leaves]

@@ -492,7 +492,8 @@ def test_predictions():
     assert targs is None and torch.allclose(preds['Student'], want['Student'], atol=1e-6)
     preds,targs = learn.get_preds(dl=torch.utils.data.DataLoader(data(), batch_size=10))
     assert torch.equal(targs, y) and torch.allclose(preds['Student'], want['Student'], atol=1e-6)
-    with pytest.raises(UserError, match='no loss per item'): learn.get_preds(with_loss=True)
+    _,targs,losses = learn.get_preds(with_loss=True)
+    assert losses.keys()=={'Student'} and losses['Student'].mean().item()==pytest.approx(learn.validate()[0], rel=1e-5)
 
 def test_predictions_and_results_of_a_single_net():
     learn = learner(dict(Student=mlp()), [CE], frozen=())

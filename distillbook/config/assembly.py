@@ -6,8 +6,8 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'fresh',
-           'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'check_teachers', 'rows_of',
-           'check_heights', 'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
+           'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'without_labels', 'check_teachers',
+           'rows_of', 'check_heights', 'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -19,6 +19,7 @@ from fastai.data.core import DataLoaders
 from ..checkpoint import load_file
 from ..core import UserError
 from ..data.operations import DecodeImage
+from ..data.pictures import read_picture
 from ..data.sets import check_cacheable
 from ..nets import Nets
 
@@ -133,7 +134,7 @@ def picture_settings(
     operations = _reading_operations(config)
     height,width = next(((o.height, o.width) for o in operations if isinstance(o, RecResizeImg)), (48,320))
     shape,alphabet = (3, height, width if _fixed_width(config) else None),Alphabet(characters(config))
-    return Pictures(task='rec', shape=shape, alphabet=alphabet,
+    return Pictures(task='rec', shape=shape, alphabet=alphabet, width=width,
         prepare=partial(prepared, operations), draw=draw_reads)
 
 def _page_settings(config):
@@ -163,8 +164,8 @@ def prepared(
     path, # Of a picture
 )->tuple: # The picture [3,H,W], and its shape as the decoder of a detector wants it, else None
     "A picture as the networks want it"
-    try: sample = dict(image=Path(path).read_bytes())
-    except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
+    decodes = next((o for o in operations if isinstance(o, DecodeImage)), None)
+    sample = dict(image=read_picture(path, turn=decodes is None or decodes.turn))
     rng = np.random.default_rng(0) # For an operation that leaves something to chance in an evaluation too
     try:
         for operation in operations: sample = operation(sample, rng)
@@ -244,6 +245,24 @@ def sources_of(
         return str(whole or own_weights(own) or begun or f"new (seed {seed})")
     return {name: source(name) for name in net_names(config)}
 
+# %% ../../nbs/config/09_assembly.ipynb #ab5f7480
+def without_labels(
+    config:dict, # The whole configuration
+    terms:list, # Of `Term`
+    frozen, # Names of networks
+)->list: # Those that want no labels; `UserError` if no frozen network is among their addresses
+    "What can be learned from pictures alone"
+    def is_free(t): return not t.targets and not t.wants_targets and (len(t.addresses)>1 or t.targets==[])
+    kept,out = [t for t in terms if is_free(t)],[t.name for t in terms if not is_free(t)]
+    if not any(a.partition('.')[0] in frozen for t in kept for a in t.addresses):
+        rows = ', '.join(t.name for t in kept) or 'nothing'
+        example = "Term: {loss: kd, on: [Student.head_out, Teacher.head_out.ctc]}"
+        raise Section(config, 'Loss').refuse("Train.dataset has no labels, so a frozen teacher has to teach, "
+            f"and what is left without labels ({rows}) has none; e.g. {example}")
+    if out: log.info('Train.dataset has no labels: %s left out, and %s stays', ', '.join(out),
+        ', '.join(t.name for t in kept))
+    return kept
+
 # %% ../../nbs/config/09_assembly.ipynb #6fdc4890
 def check_teachers(
     config:dict, # The whole configuration
@@ -299,6 +318,8 @@ def experiment(
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
     terms = build_terms(config)
     check_teachers(config, terms)
+    if getattr(dls.train.dataset.source, 'unlabelled', False):
+        terms,run.score_batches = without_labels(config, terms, nets.frozen),False
     decoder = build_decoder(config)
     exp = Experiment(nets=nets, terms=terms, dls=dls, decoder=decoder, metric=build_metric(config), evals=evals,
         schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),

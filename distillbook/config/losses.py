@@ -449,4 +449,11 @@ def _output(outs, address):
     try: return look_up(outs, address)
     except KeyError: pass
     there = [f'{n}.{k}' if k else n for n,o in outs.items() for k in (o if isinstance(o, dict) else [''])]
-    raise unknown('output', address, there)
+    raise UserError(f"{unknown('output', address, there)}{_why_no_part(outs, address)}")
+
+def _why_no_part(outs, address):
+    "What is missing where a network gives only the output of its head"
+    net,part = (address.split('.')+[''])[:2]
+    given = outs.get(net)
+    if part not in ('backbone_out','neck_out','head_out') or isinstance(given, dict) and part in given: return ''
+    return f"; with return_all_feats: true {net} gives its {part}"

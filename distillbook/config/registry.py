@@ -277,7 +277,7 @@ METRICS = Registry('metric', RecMetric=decode.RecMetric, DetMetric=metric.DetMet
 
 # %% ../../nbs/config/02_registry.ipynb #dd920ab7
 from ..data import operations as data_ops
-from ..rec import augment as rec_augment, operations as rec_ops, render as rec_render
+from ..rec import augment as rec_augment, operations as rec_ops, prints, render as rec_render
 from ..det import augment as det_augment, operations as det_ops, render as det_render, targets
 
 # %% ../../nbs/config/02_registry.ipynb #c93a435f
@@ -310,7 +310,9 @@ def WebDataset(label_file_list, data_dir:str='.'):
 
 DATASETS = Registry('dataset', SimpleDataSet=SimpleDataSet, LMDBDataSet=LMDBDataSet, WebDataset=WebDataset,
     MultiScaleDataSet=SimpleDataSet, TextDetDataset=SimpleDataSet, # Other names for label files
-    RenderedLines=rec_render.RenderedLines, RenderedPages=det_render.RenderedPages)
+    PictureFolder=lists.PictureFolder,
+    RenderedLines=rec_render.RenderedLines, PrintedLines=prints.PrintedLines,
+    RenderedPages=det_render.RenderedPages)
 SAMPLERS = Registry('sampler', scales.MultiScaleSampler, MultiScaleSampler=scales.MultiScaleSampler)
 
 # %% ../../nbs/config/02_registry.ipynb #1319d93e

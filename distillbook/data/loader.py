@@ -34,6 +34,9 @@ def _padded(samples, ink, height, width):
 
 def _stacked(key, values):
     if key in RAGGED: return [torch.from_numpy(o) for o in values]
+    if all(o.ndim==1 for o in values):
+        longest = max(map(len, values))
+        values = [np.pad(o, (0, longest-len(o))) for o in values]
     return torch.from_numpy(np.stack(values))
 
 # %% ../../nbs/data/04_loader.ipynb #b1bc1075

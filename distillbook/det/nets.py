@@ -153,6 +153,10 @@ class DetModel(nn.Module):
         out = self.head(features, whole)
         return dict(backbone_out=maps, neck_out=features) | out if whole and self.return_all_feats else out
 
+    def why_no_output(self, path): # For the message where an output is missed
+        missed = not self.return_all_feats and path.partition('.')[0] in ('backbone_out','neck_out')
+        return '; return_all_feats: true makes the network give backbone_out and neck_out' if missed else ''
+
 # %% ../../nbs/det/07_nets.ipynb #8dd7c21f
 def check_sides(h, w): # Of the pictures
     "`UserError` for sides that are no multiples of 32"

@@ -126,9 +126,13 @@ class NormalizeImage:
     def change(self, im): return (im.astype(np.float32)*self.scale - self.mean)/self.std
     def __call__(self, sample, rng=None):
         im = sample['image']
+        if im.shape[0 if self.order=='chw' else -1]!=3: raise ValueError(self.other_order(im))
         if self.order=='chw': out = self.change(im.transpose(1,2,0)).transpose(2,0,1)
         else: out = cv2.LUT(im, self.table) if im.dtype==np.uint8 else self.change(im)
         return {**sample, 'image': out}
+    def other_order(self, im):
+        right = dict(chw='hwc', hwc='chw')[self.order]
+        return f"order: {self.order}, but the picture is {list(im.shape)}; order: {right} is right here"
 
 class ToCHWImage:
     "[h,w,3] becomes [3,h,w]"

@@ -32,8 +32,9 @@ def shrink_polygon(
     measures:tuple=None, # Its area and length, if they are known
 )->list: # Polygons int32 [M,2]; none if nothing is left
     "The part of a word that the network is to draw"
+    if not 0<ratio<=1: raise UserError(f"ratio: above 0, and at most 1, which leaves a polygon as it is; not {ratio}")
     area,length = measures or [o[0] for o in area_length([poly])]
-    for r in np.arange(ratio, 1, ratio):
+    for r in np.arange(ratio, 1, ratio) if ratio<1 else [1.]:
         left = offset_polygon(poly, -area*(1-r**2)/(length or 1))
         if len(left)==1: break
     return left

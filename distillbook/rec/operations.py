@@ -9,7 +9,7 @@ __all__ = ['GUIDES', 'RecResizeImg', 'SVTRRecResizeImg', 'at_size', 'CTCLabelEnc
            'MultiLabelEncode']
 
 # %% ../../nbs/rec/03_operations.ipynb #253d71c1
-import cv2, math
+import copy, cv2, math
 from ..core import UserError, unknown
 from .render import fit_line
 from .labels import (Alphabet, NRTRClasses, SARClasses, ctc_label, multi_label, nrtr_label,
@@ -65,12 +65,20 @@ class CTCLabelEncode:
     ):
         self.max_len,self.lower,self.whole = max_text_length,lower or character_dict_path is None,whole
         self.classes = self.classes(read_characters(character_dict_path, use_space_char))
+        self.any_length = False
 
     def encode(self, text):
         label,length = ctc_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
-    def __call__(self, sample, rng): return {**sample, **self.encode(sample['label'])}
+    def __call__(self, sample, rng):
+        return {**sample, **self.with_room_for(sample['label']).encode(sample['label'])}
+
+    def with_room_for(self, text):
+        if not self.any_length or len(text)+2<=self.max_len: return self
+        longer = copy.copy(self)
+        longer.max_len = len(text)+2
+        return longer
 
 # %% ../../nbs/rec/03_operations.ipynb #b10f0838
 class SARLabelEncode(CTCLabelEncode):

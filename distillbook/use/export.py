@@ -368,7 +368,9 @@ def export_trained(
     nets = _chosen(ready.nets, names)
     if to not in writers: raise unknown('format', to, writers)
     write,suffix = writers[to]
+    padded = dict(least_width=ready.width) if getattr(ready, 'width', None) else {}
     for name,(net,about) in _to_write(ready, nets, ensemble).items():
+        about |= padded
         path = Path(folder)/f'{name}{suffix}'
         files.append(write(net, path, ready.task, ready.alphabet, ready.shape, ready.mean, ready.std, about))
         model_card(files[-1], ready.config)

@@ -25,7 +25,7 @@ class Teacher(NamedTuple):
     sha256:str # Of the file
     licence:str # Of the package and of the weights
     about:str # What it is, in a line
-    task:str='rec' # 'rec' reads a line, 'det' finds the lines
+    task:str='rec' # 'rec' reads a line, 'det' finds the lines, 'cls' says which way up one is
     trains:bool=True # Does it hold the weights of a network that can be trained? Else onnxruntime can only run it
 
 # %% ../../nbs/use/00_released.ipynb #20ae4e64
@@ -63,6 +63,9 @@ TEACHERS |= {
     'PP-OCRv6_det': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_det_small.onnx',
         9929594, '090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f', 'Apache-2.0',
         "PaddleOCR's PP-OCRv6 text detector, small", 'det', False),
+    'ch_ppocr_mobile_v2.0_cls': Teacher('rapidocr', '3.10.0', 'rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx',
+        585532, 'e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c', 'Apache-2.0',
+        "PaddleOCR's classifier of directions: does a line stand on its head?", 'cls', False),
 }
 
 # %% ../../nbs/use/00_released.ipynb #d5c460b2

@@ -34,7 +34,7 @@ from ..nets import Nets, Targets, look_up
 from ..schedules import FollowSchedule
 from ..terms import dry_run
 from .evaluation import Accuracy, NetMetrics, by_network, device_of, evaluate, first_batch, fitting
-from .evaluation import highest, log, ms_per_image, say_faults
+from .evaluation import highest, log, ms_per_image, refused, say_faults
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -73,6 +73,7 @@ class Pictures:
     alphabet:object=None # `Alphabet` of recognisers
     prepare:object=None # From a picture's path to (array [C,H,W], the decoder's second value or None)
     draw:object=None # `draw(batch, answers, n)` gives a figure; None: `plot_answers`
+    width:int=None # To which a shorter line is padded, pixels
     show:int=9 # Samples in a figure
     cost_shape:tuple=None # Of the picture whose cost `summary` tells; None: `shape`, free sizes as in the batch
 
@@ -507,12 +508,15 @@ def evaluate_sets(
     exp:Experiment,
     bar=iter, # See `evaluate`
 )->dict: # `{set: {number: value}}`
-    "What the networks are worth on each evaluation set"
+    "What the networks are worth on each evaluation set, and how many lines were refused, if any"
     if not exp.evals: raise UserError("there is no data to evaluate")
     exp.nets.to(device_for(exp.run))
     res = {}
     for name,dl in exp.evals.items():
+        before = refused(dl)
         with fitting(f'an evaluation ({name})'): res[name] = evaluate(model_of(exp), dl, exp.decoder, exp.metric, bar)
+        out = refused(dl)-before
+        if out: res[name] |= dict(lines=len(dl.dataset), refused=out)
         say_faults(f'Eval ({name})', dl)
     return res
 

@@ -9,7 +9,8 @@ __all__ = ['PADDLE_LAYERS', 'ONNX_LEAVES', 'STAND_INS', 'NOT_WEIGHTS', 'PADDLE_L
            'WRAPPERS', 'COUNTED', 'onnx_weights', 'creation_order', 'match_layers', 'WeightsFit', 'match_weights',
            'fill_weights', 'check_fit', 'nets_in', 'onnx_state', 'load_onnx', 'read_pickle', 'read_pdparams',
            'paddle_state', 'load_paddle', 'sub_net', 'weights_file', 'read_weights', 'unwrapped', 'plain_names',
-           'load_weights', 'threshold_twin', 'load_released', 'paddle_arrays', 'save_weights', 'extract']
+           'load_weights', 'threshold_twin', 'branches_for_training', 'load_released', 'paddle_arrays', 'save_weights',
+           'extract']
 
 # %% ../../nbs/use/01_weights.ipynb #8ec575ae
 import copy, logging, os, pickle, re
@@ -479,7 +480,7 @@ def _load_one(target, file, strict):
     "An ONNX file's weights: always those of one network"
     if names := _net_names(target):
         raise UserError(f"{file} holds one network; which is to have it? net={' or '.join(map(repr, names))}")
-    if _threshold(target): return load_released(target, file)
+    if branches_for_training(target): return load_released(target, file)
     fit = fill_weights(target, onnx_state(target, file), file, strict)
     _say_what_is_left(fit, file)
     return fit
@@ -517,21 +518,35 @@ def threshold_twin(
     branch.conv3.reset_parameters()
     return branch
 
+def branches_for_training(
+    net:nn.Module,
+)->list: # Names in its head
+    "What a released network does not have: a detector's threshold branch, a recogniser's guide heads"
+    head = getattr(net, 'head', None)
+    if getattr(head, 'thresh', None) is not None: return ['thresh']
+    guides = getattr(head, 'extra_inputs', None)
+    return [n for n in guides if getattr(head, n) is not None] if isinstance(guides, dict) else []
+
 def load_released(
-    net:nn.Module, # A detector whose head has a threshold branch; filled in place
+    net:nn.Module, # With branches that only train; filled in place
     path, # ONNX file with Paddle's names
 )->WeightsFit: # `UserError` if the rest does not fit, and then nothing is changed
-    "A released detector's weights into one that has a threshold branch"
-    branch = net.head.thresh
-    del net.head.thresh
+    "A released network's weights into one that has branches for training too"
+    head,names = net.head,branches_for_training(net)
+    branches = {n: getattr(head, n) for n in names}
+    for n in names: setattr(head, n, None)
     try:
         fit = fill_weights(net, onnx_state(net, path), path)
-        branch = threshold_twin(net.head)
-    finally: net.head.thresh = branch
-    log.info("%s: a released detector, which has no threshold branch; that begins as a twin of the other", path)
+        if 'thresh' in names: branches['thresh'] = threshold_twin(head)
+    finally:
+        for n,branch in branches.items(): setattr(head, n, branch)
+    _say_what_is_new(path, names)
     return fit
 
-def _threshold(net): return getattr(getattr(net, 'head', None), 'thresh', None) is not None
+def _say_what_is_new(path, names):
+    if 'thresh' in names:
+        log.info("%s: a released detector, which has no threshold branch; that begins as a twin of the other", path)
+    elif names: log.info("%s: a released recogniser, which has no guide head; %s begins anew", path, ', '.join(names))
 
 # %% ../../nbs/use/01_weights.ipynb #458fd3d2
 def paddle_arrays(
