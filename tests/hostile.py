@@ -385,5 +385,5 @@ def attempt(name, rng, sound):
     "'' if all is well, or what went wrong"
     pwned = Path('pwned')
     try: KINDS[name](rng, sound)
-    except Exception as e: return f'{type(e).__name__}: {str(e)[:300]}\n'+''.join(traceback.format_exc().splitlines(True)[-6:])
+    except Exception as e: return f'{type(e).__name__}: {str(e)[:200]}\n'+''.join(traceback.format_exc().splitlines(True)[-5:-1])
     return 'something ran' if pwned.exists() else ''
