@@ -329,4 +329,4 @@ def test_a_card_says_nothing_of_where_it_was_made():
     from distillbook.use.export import _code, _escaped, _yaml
     said = _yaml(dict(Global=dict(save_model_dir='/home/me/secret/run', pretrained_model='..\\mine\\x.pth', data='./train_data')))
     assert '/home' not in said and 'secret' not in said and '.../run' in said and './train_data' in said
-    assert _escaped('<b>a|b</b> [x](javascript:1)\x1b[31m')=='&lt;b&gt;a\\|b&lt;/b&gt; [x\\](javascript:1)\\x1b[31m' and _code('yaml', 'a\n```\nb').startswith('````yaml\n')
+    assert _escaped('<b>a|b</b> [x](javascript:1)\x1b[31m')=='&lt;b&gt;a\\|b&lt;/b&gt; [x\\](javascript:1)\\\\x1b[31m' and _code('yaml', 'a\n```\nb').startswith('````yaml\n')
