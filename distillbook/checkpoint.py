@@ -278,7 +278,7 @@ def check_same(
     _check_shape(state, path)
     was = state['setup']
     changed = [k for k in {**was, **setup} if was.get(k)!=setup.get(k) and k not in _free(state, was, setup)]
-    changed = [k for k in changed if not _choice(k) or k in was and k in setup]
+    changed = [k for k in changed if not _choice(k) or (k in was and k in setup and not _by_ranks(k, was, setup))]
     if refused := [k for k in changed if _choice(k) not in accept]:
         k,more = refused[0],f' (and {len(refused)-1} more)' if len(refused)>1 else ''
         old,new = (str(s.get(k, 'not there'))[:100] for s in (was, setup))
@@ -292,6 +292,10 @@ def check_same(
     if done>n_epoch: raise UserError(f"{path} is in epoch {done} already, and this fit has {n_epoch}")
 
 # %% ../nbs/learning/09_checkpoint.ipynb #97a956a1
+def _by_ranks(k, was, setup):
+    "Does an entry change with the number of ranks, which is free?"
+    return _choice(k) in ('rate','batch') and was.get(RANKS, 1)!=setup.get(RANKS, 1)
+
 def _choice(k):
     "The name in `CHOICES` of an entry of `setup`, or None"
     return next((name for name,begins in CHOICES.items() if k.startswith(begins)), None)

@@ -310,3 +310,23 @@ def test_a_signal_to_all_processes_saves_the_state(home, tmp_path):
     said = p.communicate(timeout=120)[1]
     assert p.returncode==130 and 'stopped by SIGTERM' in said and 'Traceback' not in said, said[-2000:]
     assert load_file(tmp_path/'run/latest.pth')['epoch']>=1
+
+def test_a_small_file_that_claims_four_gigabytes(tmp_path):
+    "A part of 104 bytes says that it has 4 GB, and OpenCV would make room for them"
+    import struct, zlib
+    from distillbook.data.pictures import picture_from
+    def part(kind, data, size=None): return struct.pack('>I', len(data) if size is None else size)+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    head = b'\x89PNG\r\n\x1a\n'+part(b'IHDR', struct.pack('>IIBBBBB', 4, 4, 8, 2, 0, 0, 0))
+    lie = head+part(b'tEXt', b'x'*20, 0xfffffff0)+part(b'IEND', b'')
+    with pytest.raises(UserError): picture_from(lie)
+    assert picture_from(head+part(b'IDAT', zlib.compress(bytes(52)))+part(b'IEND', b'')).shape==(4,4,3)
+    os.mkfifo(tmp_path/'fifo')
+    from distillbook.data.pictures import read_picture
+    for o in (tmp_path/'fifo', '/dev/zero'):
+        with pytest.raises(UserError, match='not a file, but a device or a pipe'): read_picture(o)
+
+def test_a_card_says_nothing_of_where_it_was_made():
+    from distillbook.use.export import _code, _escaped, _yaml
+    said = _yaml(dict(Global=dict(save_model_dir='/home/me/secret/run', pretrained_model='..\\mine\\x.pth', data='./train_data')))
+    assert '/home' not in said and 'secret' not in said and '.../run' in said and './train_data' in said
+    assert _escaped('<b>a|b</b> [x](javascript:1)\x1b[31m')=='&lt;b&gt;a\\|b&lt;/b&gt; [x\\](javascript:1)\\\\x1b[31m' and _code('yaml', 'a\n```\nb').startswith('````yaml\n')

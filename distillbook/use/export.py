@@ -322,7 +322,7 @@ def _table(rows):
 
 def _escaped(v):
     "Text of others in a page: no markup of theirs, no HTML, one line"
-    return re.sub(r'[|`*]|\](?=[(\[:])', r'\\\g<0>', html.escape(printable(v), quote=False))
+    return re.sub(r'[\\|`*]|\](?=[(\[:])', r'\\\g<0>', html.escape(printable(v), quote=False))
 
 def _longest_run(text, c): return max((len(o) for o in re.findall(f'{re.escape(c)}+', text)), default=0)
 

@@ -539,7 +539,8 @@ def load_state(
 )->dict: # What the file holds
     "Put the state of a run into its networks; frozen ones must be those of the run"
     saved = load_file(path)
-    if not isinstance(saved, dict) or 'model' not in saved: raise UserError(f"{path} does not hold the state of a run")
+    parts = (saved.get('model'),saved.get('frozen', {})) if isinstance(saved, dict) else (None,)
+    if not all(isinstance(o, dict) for o in parts): raise UserError(f"{path} does not hold the state of a run")
     own = nets.state_dict()
     state = {k: v for k,v in saved['model'].items() if k in own or not k.startswith('_projectors.')}
     _check_names(nets, own, state, path)

@@ -37,11 +37,13 @@ def onnx_weights(
     constants = [n for n in graph.node if n.op_type=='Constant' and n.output and n.attribute]
     tensors = {n.output[0]: n.attribute[0].t for n in constants}
     tensors |= {t.name: t for t in graph.initializer}
-    tensors = {k: t for k,t in tensors.items() if re.fullmatch(r'\w+_\d+\.[wb]_\d', k)}
+    tensors = {k: t for k,t in tensors.items() if isinstance(k, str) and re.fullmatch(_NAME, k)}
     for k,t in tensors.items():
         if t.data_location==t.EXTERNAL: raise UserError(f"{path}: {k} lies in another file, which is not read")
     try: return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
     except Exception as e: raise UserError(f"{path}: a tensor in it is not what it says of itself ({e})") from None
+
+_NAME = r'\w+_\d+\.[wb]_\d' # Of a weight, as Paddle gives it
 
 def _onnx_graph(path):
     import onnx
