@@ -29,7 +29,7 @@ from ..rec.nets import MultiHead, RecModel, Sliced
 from ..use.finetune import remap_classes
 from ..use.released import TEACHERS, cache_dir, teacher_file
 from ..use.teachers import ReleasedReader, load_teacher
-from ..use.weights import load_released, load_weights, weights_file
+from ..use.weights import load_weights, weights_file
 
 # %% ../../nbs/config/03_networks.ipynb #cca4ee69
 log = logging.getLogger('distillbook')
@@ -318,9 +318,7 @@ def load_into(
 ):
     "Load weights, all of them or a `UserError`"
     if str(path).startswith(('http://','https://')): raise UserError(f"{path}: fetch the file first, and give its path")
-    file = _weights_file(path)
-    if file.suffix=='.onnx' and hasattr(getattr(net, 'head', None), 'thresh'): load_released(net, file)
-    else: load_weights(net, file)
+    load_weights(net, _weights_file(path))
 
 def _weights_file(path):
     known = _stand_in(path)
