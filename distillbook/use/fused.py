@@ -79,7 +79,7 @@ def example(
 # %% ../../nbs/use/01b_fused.ipynb #c5ccad06
 def made_pictures(
     net:nn.Module, # A recogniser or a detector
-    n:int=16, # How many
+    n:int=8, # How many
 ): # [n,3,H,W]
     "Pictures such as the network reads"
     rng,fonts = np.random.default_rng(0),font_files('dejavu')
