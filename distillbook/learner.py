@@ -21,6 +21,7 @@ from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, Learn
 from fastai.callback.all import TrackerCallback, LRFinder
 from .cache import CachedNet, WatchCache
 from .core import UserError, unknown
+from .graphs import QuickSteps
 from .metrics import NetMetric, net_metrics, try_metrics
 from .nets import Nets, Targets
 from .precision import CPUBfloat16, has_bf16
@@ -199,6 +200,7 @@ def distill_learner(
     opt_func=Adam, # fastai optimiser, or a partial of `OptimWrapper`
     cbs=None, # Callbacks
     groups=param_groups, # From `Nets` to a list of (network, whether it decays or its own decay, parameters)
+    compile:bool=None, # Record steps (None: on a GPU), compile blocks too (True), or run them plainly (False)?
     **learner_kwargs, # For fastai's `Learner`: `lr`, `wd`, `path`, ...
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
@@ -209,7 +211,7 @@ def distill_learner(
     try_metrics(columns, nets, xb, yb, loss.connect(xb, yb))
     def splitter(model): return [params for *_,params in groups(get_model(model))]
     learn = DistillLearner(dls, nets, loss, opt_func=opt_func, splitter=splitter, metrics=columns,
-                           cbs=[TermRecorder(), *L(cbs), *_cache_watchers(nets)], **learner_kwargs)
+                           cbs=[TermRecorder(), QuickSteps(compile), *L(cbs), *_cache_watchers(nets)], **learner_kwargs)
     learn.monitor,learn.grouping = monitor,groups
     if hasattr(learn, 'recorder'): learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     _check_monitors(learn)

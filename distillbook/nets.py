@@ -29,6 +29,7 @@ class Nets(nn.Module):
         if not isinstance(nets, dict) or not nets:
             raise UserError("networks come as a dict from name to nn.Module, with at least one in it")
         self.names,self.frozen,self.taps,self.tapped = list(nets),set(),{},[]
+        self.runner = None # Who runs the networks in their own place
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
         self.bf16 = {n for n in bf16 if self[n] is not None}
         self.unfreeze(*(n for n in nets if n not in frozen))
@@ -64,9 +65,14 @@ def forward(self:Nets,
     "`{name: output}`"
     xb,targets = self._taken_apart(xb)
     self.taps.clear()
-    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
-    with self._tapping(): outs = {n: self._run(n, xb, targets) for n in frozen_first}
+    outs = self.runner(self, xb, targets) if self.runner else self.plain(xb, targets)
     return {n: outs[n] for n in self.names}
+
+@patch
+def plain(self:Nets, xb, targets)->dict:
+    "The networks one after another, frozen ones first"
+    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
+    with self._tapping(): return {n: self._run(n, xb, targets) for n in frozen_first}
 
 @patch
 def _taken_apart(self:Nets, xb):
@@ -130,7 +136,7 @@ def _tapping(self:Nets):
         yield
 
 @patch
-def __getstate__(self:Nets): return {**self.__dict__, 'taps': {}}
+def __getstate__(self:Nets): return {**self.__dict__, 'taps': {}, 'runner': None}
 
 # %% ../nbs/learning/02_nets.ipynb #f2a85596
 @patch

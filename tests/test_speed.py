@@ -81,3 +81,41 @@ def test_summary_of_detectors():
     got = {(o['way'],o['set']): o for o in summary_of(rows)}
     assert got['DML','held out']['gain']==dict(mean=0., lowest=-.1, highest=.1)
     assert got['alone','held out']['gain'] is None and got['alone','held out']['hmean']['mean']==.6
+
+def test_gpu_without_one(tmp_path):
+    "`benchmarks.gpu` from end to end on tiny networks: rows are measured, what fails is recorded, and the others go on"
+    jobs = 'rec fp16','rec bf16','learner rec bf16','files rec bf16'
+    out = tmp_path/'gpu.json'
+    r = subprocess.run([sys.executable, '-m', 'benchmarks.gpu', '--device', 'cpu', '--small', '--json', str(out), '--seconds', '400', '--jobs', *jobs], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    rows = {k: v['rows'] for k,v in json.loads(out.read_text())['jobs'].items()}
+    assert set(rows)==set(jobs)
+    assert all('LSTM' in o['error'] for o in rows['rec fp16']) # No float16 for LSTMs on a CPU
+    assert [o['way'] for o in rows['rec bf16']]==['plain','recorded','recorded, a stream each'] and all(o['ms']>0 and 'error' not in o and 'fell_back' not in o for o in rows['rec bf16'])
+    assert rows['learner rec bf16'][0]['ratio']>0 and rows['files rec bf16'][0]['samples_s']>0
+
+def test_gpu_jobs_that_break(monkeypatch):
+    "A process that ends or hangs costs the job at which it was, and no other"
+    from types import SimpleNamespace
+    from benchmarks import gpu
+    begun = []
+    class Fake:
+        def __init__(self, names, o): self.names,self.late,self.process = list(names),None,SimpleNamespace(kill=lambda: None, wait=lambda: None, returncode=-11)
+        def line(self, seconds):
+            if not self.names: return None
+            name = self.names[0]
+            if begun[-1:]!=[name]:
+                begun.append(name)
+                return dict(begun=name)
+            if name=='cml bf16': return None
+            self.names.pop(0)
+            return dict(done=name, rows=[dict(ms=1)], seconds=1)
+    monkeypatch.setattr(gpu, 'Watched', Fake)
+    found = dict(jobs={})
+    gpu.all_jobs(['rec bf16','cml bf16','rec fp32'], SimpleNamespace(seconds=60), found, lambda: None)
+    assert {k: list(v['rows'][0]) for k,v in found['jobs'].items()}=={'rec bf16': ['ms'], 'cml bf16': ['error'], 'rec fp32': ['ms']}
+    assert 'ended with -11' in found['jobs']['cml bf16']['rows'][0]['error']
+
+def test_union():
+    from benchmarks.gpu import union
+    assert union([(0,2),(1,3),(5,6),(5,9)])==7

@@ -63,6 +63,7 @@ def run_settings(
         threads=g.read('threads', int, None, least=1))
     device = 'cpu' if g.get('use_gpu') is False else None
     precision,scores = _precision(g),bool(g.get('cal_metric_during_train')) and task(config)!='det'
+    basics['compile'] = g.read('compile', bool, None)
     return Run(**basics, device=device, precision=precision, eval_start=start, eval_every=every, resume=resume,
         log_every=g.read('print_batch_step', int, 10, least=1),
         log_window=g.read('log_smooth_window', int, 20, least=1),
@@ -102,7 +103,8 @@ def picture_settings(
     if task(config)=='det': return _page_settings(config)
     operations = _reading_operations(config)
     height,width = next(((o.height, o.width) for o in operations if isinstance(o, RecResizeImg)), (48,320))
-    return Pictures(task='rec', shape=(3, height, width if _fixed_width(config) else None), alphabet=Alphabet(characters(config)),
+    shape,alphabet = (3, height, width if _fixed_width(config) else None),Alphabet(characters(config))
+    return Pictures(task='rec', shape=shape, alphabet=alphabet,
         prepare=partial(prepared, operations), draw=draw_reads)
 
 def _page_settings(config):

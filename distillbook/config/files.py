@@ -24,7 +24,7 @@ log = logging.getLogger('distillbook')
 SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wandb WithoutTeacher'.split()
 GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
     ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
-    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads'
+    ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads compile'
     ' pretrained_dict_path use_tensorboard use_wandb').split()
 GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
     ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'

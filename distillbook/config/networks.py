@@ -238,7 +238,8 @@ def _listed_heads(part):
     for i,head in enumerate(heads):
         name, = head
         spot = (*part.path, 'head_list', i)
-        if name=='MultiHead': raise Section(part.config, *spot).unknown('head', name, [h for h in HEADS['rec'] if h!=name], name)
+        if name=='MultiHead':
+            raise Section(part.config, *spot).unknown('head', name, [h for h in HEADS['rec'] if h!=name], name)
         HEADS['rec'].find(name, Section(part.config, *spot), name)
         sections[name] = Section(part.config, *spot, name)
     return sections
@@ -461,7 +462,7 @@ def build_networks(
     return model
 
 # %% ../../nbs/config/03_networks.ipynb #b5978685
-# Names of files in PaddleOCR's configurations that only their authors had: in en_PP-OCRv4_rec.yml of release 2.7, and in
+# Files in PaddleOCR's configurations that only their authors had: in en_PP-OCRv4_rec.yml of release 2.7, and in
 # ch_PP-OCRv4_rec_distillation.yml
 LEFT_BEHIND = 'refactor','output/rec_dkd_400w_svtr_ctc_lcnet_blank_dkd0.1/latest'
 

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, to_device
+from torch.utils._pytree import tree_flatten
 from ..core import UserError
 from .lists import read_sample
 from .operations import KeepKeys
@@ -221,11 +222,24 @@ def __iter__(self:SampleDL):
     for batch,more in self._batches():
         seen,columns = seen+1,columns+more
         self.pixel_columns = tuple(columns.tolist())
-        batch = tuple(batch) if self.device is None else to_device(tuple(batch), self.device)
+        batch = tuple(batch) if self.device is None else self._moved(tuple(batch))
         yield self.after_batch(batch)
     if not seen and not self.skip:
         raise UserError(f"none of {len(self.dataset)} lines can be used; the last: {[*self.faults][-1]}")
     self.set_epoch(self.dataset.epoch+1)
+
+# %% ../../nbs/data/04_loader.ipynb #3562ecb1
+@patch
+def _moved(self:SampleDL, batch):
+    "A batch on the loader's device"
+    if torch.device(self.device).type!='cuda': return to_device(batch, self.device)
+    if not hasattr(self, '_copies'): self._copies = torch.cuda.Stream(self.device)
+    with torch.cuda.stream(self._copies): batch = to_device(batch, self.device, non_blocking=True)
+    now = torch.cuda.current_stream(self.device)
+    now.wait_stream(self._copies)
+    for o in tree_flatten(batch)[0]:
+        if isinstance(o, torch.Tensor): o.record_stream(now)
+    return batch
 
 # %% ../../nbs/data/04_loader.ipynb #3f3b69fa
 def sample_dls(

@@ -223,7 +223,8 @@ class NRTRClasses:
         self.alphabet = Alphabet(chars)
         self.names = ['blank','<unk>','<s>','</s>'] + self.alphabet.chars
     def __len__(self): return len(self.names)
-    def __repr__(self): return f'NRTRClasses({len(self)} classes: padding, unknown, begin, end and {len(self)-4} characters)'
+    def __repr__(self):
+        return f'NRTRClasses({len(self)} classes: padding, unknown, begin, end and {len(self)-4} characters)'
     def decode(self,
         ids, # Class numbers of one row; a begin sign in the first place is passed over
     )->str: # The text up to the end sign; classes beyond the characters write nothing

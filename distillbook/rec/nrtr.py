@@ -1,4 +1,4 @@
-"""A second head that writes one character after another and looks at the columns while it does. It is thrown away after training; what it teaches the backbone stays.
+"""A second head writes character by character. It is thrown away after training; what it taught the backbone stays.
 
 Docs: https://distillbook.github.io/distillbook/rec/nrtr.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'ToSequence', 'AddPlaces', 'into_sequence', 'sine_table', 
            'init_transformer']
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #dbb731cf
-import math, torch, torch.nn.functional as F
+import math, torch
 from torch import nn
 from fastcore.basics import patch
 from ..core import UserError

@@ -1,4 +1,4 @@
-"""SVTR: no convolution down to a row, but tokens that look at their neighbours, then at the whole line. PP-OCRv4's teacher.
+"""SVTR, PP-OCRv4's teacher: tokens that look at their neighbours, then at the whole line.
 
 Docs: https://distillbook.github.io/distillbook/rec/svtrnet.html.md"""
 
@@ -182,7 +182,8 @@ def _check_stages(img_size, depth, mixer, of_stages):
         raise UserError(f"img_size: a height in steps of 16 and a width in steps of 4 are wanted, not {img_size!r}")
     for name,values in dict(depth=depth, **of_stages).items():
         if len(values)!=3: raise UserError(f"{name}: one value for each of three stages is wanted, not {values!r}")
-    if len(mixer)!=sum(depth): raise UserError(f"mixer: one for each of {sum(depth)} blocks is wanted, not {len(mixer)}")
+    if len(mixer)!=sum(depth):
+        raise UserError(f"mixer: one for each of {sum(depth)} blocks is wanted, not {len(mixer)}")
 
 @patch
 def _add_stages(self:SVTRNet, dims, depth, heads, mixer, windows, merging, drop_path, settings, attention):

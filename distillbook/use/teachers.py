@@ -42,6 +42,7 @@ def _first_line(e): return str(e).splitlines()[0]
 # %% ../../nbs/use/02_teachers.ipynb #d1e1f78f
 class OnnxNet(nn.Module):
     "An ONNX file, run by onnxruntime, as a network that can only teach: a recogniser or a detector"
+    on_host = True # It cannot be recorded
     def __init__(self,
         path, # See `teacher_file`
         threads:int=None, # Of onnxruntime; None: as many as PyTorch's
@@ -196,6 +197,7 @@ class OwnInput(nn.Module):
 # %% ../../nbs/use/02_teachers.ipynb #f10a793a
 class FunctionNet(nn.Module):
     "Any function of a batch as a network that can only teach"
+    on_host = True # It cannot be recorded
     def __init__(self,
         fn, # From an array [N,...] to an array or a tensor
     ):

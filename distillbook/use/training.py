@@ -45,6 +45,7 @@ class Run:
     threads:int=None # Of PyTorch; None: as they are
     device:str=None # E.g. 'cpu' or 'cuda'; None: a GPU if there is one
     precision:str=None # 'bf16' or 'fp16'; None: float32
+    compile:bool=None # Recorded steps (None: on a GPU), compiled ones too (True), or plain ones (False)
     log_every:int=10 # Steps from log line to log line
     log_window:int=20 # Steps whose median is logged
     eval_start:int=0 # Steps before evaluations begin
@@ -192,7 +193,8 @@ def line(self:LogLines, step):
 @patch
 def numbers(self:LogLines)->dict:
     "The median of each term, and the metric on this batch if that is wanted"
-    medians = {k: np.median([row[k].item() for row in self.recent]) for k in self.recent[-1]}
+    rows = [torch.stack([o.float().reshape(()) for o in row.values()]) for row in self.recent]
+    medians = dict(zip(self.recent[-1], np.median(torch.stack(rows).double().cpu(), 0)))
     return {**(self.score(self.pred, self.xb[:1]+tuple(self.yb)) if self.score else {}), **medians}
 
 # %% ../../nbs/use/03_training.ipynb #fa8fa1d2
@@ -390,7 +392,7 @@ def learner(
     dls = _own_part(exp.dls, device)
     if not len(dls.train): raise UserError("Train: fewer samples than one batch")
     learn = distill_learner(dls, exp.nets, exp.terms, opt_func=exp.opt_func, groups=exp.groups, lr=exp.lr,
-        cbs=_callbacks(exp))
+        cbs=_callbacks(exp), compile=run.compile)
     _try_evaluation(exp)
     learn.remove_cbs(ProgressCallback)
     learn.logger = lambda *_: None
