@@ -43,7 +43,7 @@ def numbers(n, seed):
     return normalise(lines.images, lines.widths),labels,texts
 
 def run(name, seed, steps, data, held):
-    "Accuracy of CTC every forty steps"
+    "Accuracy of CTC every forty steps, and where the guide looks in the end"
     guided,reaches = RUNS[name]
     set_seed(seed)
     model = net(reaches)
@@ -60,13 +60,21 @@ def run(name, seed, steps, data, held):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.)
         opt.step()
         if (step+1)%40==0: curve.append(accuracy(model, held))
-    return curve
+    return dict(curve=curve) | (dict(looks=looks(model, held)) if name=='NRTR guides CTC' else {})
 
 @torch.no_grad()
 def accuracy(model, held):
     probs = torch.cat([model.eval()(x) for x in held[0].split(64)])
     reads = [t for t,_ in ctc_decode(probs, classes.alphabet, probs=True)]
     return sum(a==b for a,b in zip(reads, held[2]))/len(reads)
+
+@torch.no_grad()
+def looks(model, held, n=3):
+    "What the guide writes of some lines, and where it looks for each character"
+    head = model.eval().head
+    probs,maps = head.gtc_head.write(head.before_gtc(model.backbone(held[0][:n])))
+    reads = [classes.decode(o) for o in probs.argmax(-1).tolist()]
+    return [dict(text=t, maps=m[:len(t)+1].round(decimals=3).tolist()) for t,m in zip(reads, maps)]
 
 def main():
     ap = argparse.ArgumentParser(prog='python -m benchmarks.guide', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,10 +92,10 @@ def main():
             path = a.out/f'{name.replace(" ", "_")}_{seed}.json'
             if not path.exists():
                 start = time.process_time()
-                curve = run(name, seed, a.steps, data, held)
-                with write_beside(path) as tmp: tmp.write_text(json.dumps(dict(curve=curve, seconds=time.process_time()-start)))
+                made = run(name, seed, a.steps, data, held)
+                with write_beside(path) as tmp: tmp.write_text(json.dumps(made | dict(seconds=round(time.process_time()-start))))
             found[name][seed] = json.loads(path.read_text())
-            print(name, seed, found[name][seed], flush=True)
+            print(name, seed, found[name][seed]['curve'], flush=True)
     res = dict(machine=machine(), torch=torch.__version__, steps=a.steps, command=' '.join(['python -m benchmarks.guide', *sys.argv[1:]]), runs=found)
     with write_beside(a.out/'guide.json') as tmp: tmp.write_text(json.dumps(res, indent=1))
 

@@ -96,7 +96,7 @@ def load_teacher(
     return_all_feats:bool=False, # Of a recogniser with its weights, see `RecModel`
     task:str=None, # What it must be, one of `TASK_NAMES`; None: either
 ): # The net in eval mode; of a recogniser (net, its `Alphabet`). `UserError` if it cannot be had
-    "A released network: with its weights if it is PP-OCRv3, PP-OCRv4 or the server detector, or else run by onnxruntime"
+    "A released network: with its weights if it is PP-OCRv3, v4 or the server detector, or else run by onnxruntime"
     path,row = teacher_file(name_or_path),TEACHERS.get(str(name_or_path))
     net,why = _with_weights(path, return_all_feats) if row is None or row.trains else (None,'')
     if net is None: net = _run_only(path, why)
