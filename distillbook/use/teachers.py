@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import nn
 from ..cache import CachedNet
 from ..core import UserError, say_once
-from ..det.nets import DetModel, ppocrv3_det, server_det
+from ..det.nets import DetModel, ppocrv3_det, ppocrv4_det, server_det
 from ..rec.labels import Alphabet
-from ..rec.nets import Sliced, ppocrv3_rec
+from ..rec.nets import Sliced, ppocrv3_rec, ppocrv4_rec
+from .fused import load_fused
 from .released import TEACHERS, teacher_file
 from .weights import load_onnx, match_layers, onnx_weights
 
@@ -115,7 +116,7 @@ def load_teacher(
     return_all_feats:bool=False, # Of a recogniser with its weights, see `RecModel`
     task:str=None, # What it must be, one of `TASK_NAMES`; None: either
 ): # The net in eval mode; of a recogniser (net, its `Alphabet`). `UserError` if it cannot be had
-    "A released network: with its weights if it is PP-OCRv3 or the server detector, or else run by onnxruntime"
+    "A released network: with its weights if it is PP-OCRv3, v4 or the server detector, or else run by onnxruntime"
     path,row = teacher_file(name_or_path),TEACHERS.get(str(name_or_path))
     net,why = _with_weights(path, return_all_feats) if row is None or row.trains else (None,'')
     if net is None: net = _run_only(path, why)
@@ -129,9 +130,17 @@ def load_teacher(
 def _with_weights(path, return_all_feats):
     "The net, or None and why it is not one of ours"
     weights = onnx_weights(path)
+    if any(k.startswith('mobile_one_block_') for k in weights): return _fused(path, weights, return_all_feats)
     tries = [(net, match_layers(net, weights)[1]) for net in _candidates(weights, path, return_all_feats)]
     net,wrong = min(tries, key=lambda o: len(o[1]))
     return (None,'; '.join(wrong)) if wrong else (load_onnx(net, path),'')
+
+def _fused(path, weights, return_all_feats):
+    "PP-OCRv4, as it was released: with its branches added up"
+    is_det = any(k.startswith('conv2d_transpose_') for k in weights)
+    net = ppocrv4_det(True) if is_det else ppocrv4_rec(len(Alphabet.from_onnx(path)), return_all_feats, True)
+    try: return load_fused(net, path),''
+    except UserError as e: return None,str(e)
 
 def _candidates(weights, path, return_all_feats):
     "Networks whose weights these may be"

@@ -6,11 +6,11 @@ Docs: https://distillbook.github.io/distillbook/use/weights.html.md"""
 
 # %% auto #0
 __all__ = ['PADDLE_LAYERS', 'ONNX_LEAVES', 'STAND_INS', 'NOT_WEIGHTS', 'PADDLE_LEAVES', 'log', 'WEIGHT_SUFFIXES', 'STATE_FILES',
-           'WRAPPERS', 'COUNTED', 'onnx_weights', 'creation_order', 'match_layers', 'WeightsFit', 'match_weights',
-           'fill_weights', 'check_fit', 'nets_in', 'onnx_state', 'load_onnx', 'read_pickle', 'read_pdparams',
-           'paddle_state', 'load_paddle', 'sub_net', 'weights_file', 'read_weights', 'unwrapped', 'plain_names',
-           'load_weights', 'threshold_twin', 'branches_for_training', 'load_released', 'paddle_arrays', 'save_weights',
-           'extract']
+           'WRAPPERS', 'COUNTED', 'onnx_weights', 'onnx_graph', 'creation_order', 'match_layers', 'WeightsFit',
+           'match_weights', 'fill_weights', 'check_fit', 'nets_in', 'onnx_state', 'load_onnx', 'read_pickle',
+           'read_pdparams', 'paddle_state', 'load_paddle', 'sub_net', 'weights_file', 'read_weights', 'unwrapped',
+           'plain_names', 'load_weights', 'threshold_twin', 'branches_for_training', 'load_released', 'paddle_arrays',
+           'save_weights', 'extract']
 
 # %% ../../nbs/use/01_weights.ipynb #8ec575ae
 import copy, logging, os, pickle, re
@@ -25,6 +25,7 @@ from torch import nn
 from ..checkpoint import load_file as read_checkpoint
 from ..core import UserError, unknown, write_beside
 from ..nets import Nets
+from ..reparam import RepLayer
 from .released import TEACHERS, teacher_file
 
 # %% ../../nbs/use/01_weights.ipynb #a542d910
@@ -33,7 +34,7 @@ def onnx_weights(
 )->dict: # Paddle's name, e.g. 'conv2d_37.w_0', to numpy array
     "The weights in an ONNX file that Paddle's exporter has written"
     from onnx import numpy_helper
-    graph = _onnx_graph(path)
+    graph = onnx_graph(path)
     constants = [n for n in graph.node if n.op_type=='Constant' and n.output and n.attribute]
     tensors = {n.output[0]: n.attribute[0].t for n in constants}
     tensors |= {t.name: t for t in graph.initializer}
@@ -45,7 +46,7 @@ def onnx_weights(
 
 _NAME = r'\w+_\d+\.[wb]_\d' # Of a weight, as Paddle gives it
 
-def _onnx_graph(path):
+def onnx_graph(path):
     import onnx
     from google.protobuf.message import DecodeError
     try: return onnx.load(path, load_external_data=False).graph
@@ -482,10 +483,18 @@ def _load_one(target, file, strict):
     "An ONNX file's weights: always those of one network"
     if names := _net_names(target):
         raise UserError(f"{file} holds one network; which is to have it? net={' or '.join(map(repr, names))}")
+    if any(isinstance(m, RepLayer) for m in target.modules()): return _load_fused(target, file)
     if branches_for_training(target): return load_released(target, file)
     fit = fill_weights(target, onnx_state(target, file), file, strict)
     _say_what_is_left(fit, file)
     return fit
+
+def _load_fused(target, file):
+    "A released network whose branches are added up"
+    from distillbook.use.fused import load_fused
+    before = {k for k,_ in target.named_parameters()}
+    load_fused(target, file)
+    return WeightsFit(sorted(before), [], [], [])
 
 # %% ../../nbs/use/01_weights.ipynb #5763c89f
 def _state_for(target, stored, file, net, in_model):
