@@ -404,6 +404,7 @@ def own_weights(
     path = part.get('pretrained')
     return None if str(path).lower()=='none' else path or None
 
+# %% ../../nbs/config/03_networks.ipynb #62ddba54
 def _is_released(part): return not any(part.get(k) for k in ('Backbone','Head','init'))
 
 def _one_net(config, name, made, load):
