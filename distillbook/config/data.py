@@ -145,7 +145,8 @@ def _with_resize(config, dataset):
     rows = dataset.get('transforms')
     if not isinstance(rows, list): return config
     keep = next((r['KeepKeys'] for r in rows if isinstance(r, dict) and 'KeepKeys' in r), None) or {}
-    wanted = 'valid_ratio' in (keep.get('keep_keys') or () if isinstance(keep, dict) else keep)
+    names = keep.get('keep_keys') if isinstance(keep, dict) else keep
+    wanted = isinstance(names, (list,tuple)) and 'valid_ratio' in names
     known = all(isinstance(r, dict) and set(r) <= set(OPERATIONS) for r in rows)
     if not wanted or not known or any(map(_resizes, rows)) or dataset.get('name')=='MultiScaleDataSet': return config
     sides = eval_sides(config).values() if config.get('Eval') else ()
