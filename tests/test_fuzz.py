@@ -143,6 +143,7 @@ def _det(d):
     cfg = _plain(CONFIGS/'det'/'ppocrv3_cml.yml')
     for m in cfg['Architecture']['Models'].values():
         m.update(Backbone=dict(name='MobileNetV3', scale=.35, model_name='small', disable_se=True), Neck=dict(name='RSEFPN', out_channels=32, shortcut=True), Head=dict(name='DBHead', k=50))
+    cfg['Architecture']['Models']['Teacher']['pretrained'] = 'none'
     return _sides(cfg, d, 'pages', dict(EastRandomCropData=dict(size=[64,64], max_tries=5, keep_ratio=True), DetResizeForTest=dict(limit_side_len=64)))
 
 def _quick(d):
@@ -350,7 +351,7 @@ def test_odd_pictures_in_training(home, pictures):
     assert ran('train', '-c', path, '-o', f'Train.dataset.transforms.2.RecAug={certain}', 'Train.dataset.transforms.1.RecConAug.prob=1', 'Train.loader.buckets=true')==(0,'')
 
 BOX = [[10,10],[70,10],[70,40],[10,40]]
-WORDS = dict(null='null', number='5', text='"abc"', dict='{}', none='[]', inner='[1, 2]', no_points='[{"transcription": "a"}]', no_text=json.dumps([dict(points=BOX)]), deep='['*20000, digits='1'*5000, half=json.dumps([dict(points=BOX, transcription='a')])[:-5],
+WORDS = dict(null='null', number='5', text='"abc"', dict='{}', inner='[1, 2]', no_points='[{"transcription": "a"}]', no_text=json.dumps([dict(points=BOX)]), deep='['*20000, digits='1'*5000, half=json.dumps([dict(points=BOX, transcription='a')])[:-5],
     infinite='[{"points": [[Infinity,1],[NaN,2],[3,4],[1,1]], "transcription": "a"}]', **{k: json.dumps([dict(points=v, transcription='a')]) for k,v in dict(one=[[1,1]], five=5, word='abc', nothing=None, ragged=[[1],[1,2],[3,4]], three=[[1,2,3]]*4, far=[[1e300,1],[2,2],[3,4e300],[5,5]], digit=[['1','2']]*4, nest=[[[1,2]]*4]).items()})
 
 @pytest.mark.parametrize('name', WORDS)

@@ -559,7 +559,7 @@ def test_data_without_labels_are_enough_for_a_teacher(kind):
     assert targs is None and losses['Student'].mean().item()==pytest.approx(learn.validate()[0], rel=1e-4) and preds['Student'].shape==(48,3)
     learn.show_results(), learn.predict(dict(x=x[0]) if kind=='dict' else x[0])
 
-@pytest.mark.parametrize('f', (kd, dml, dist, cosine, distance, partial(distance, mode='l1'), partial(dml, symmetric=True)), ids=str)
+@pytest.mark.parametrize('f', (kd, dml, dist, cosine, distance, partial(distance, mode='l1'), partial(dml, symmetric=True)), ids=['kd','dml','dist','cosine','distance','l1','symmetric'])
 def test_masking_is_leaving_out(f):
     g = torch.Generator().manual_seed(1)
     s,t = [torch.randn(3,5,4, generator=g, dtype=torch.double) for _ in range(2)]

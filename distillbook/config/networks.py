@@ -417,14 +417,7 @@ def _one_net(config, name, made, load):
     path = own_weights(part.values) if load is None or name in load else None
     with part.blame('pretrained'):
         if path: load_into(net, path)
-    random = load is None and not path and part.get('freeze_params') and part.get('pretrained') is None
-    random = random and not _given_as_a_whole(config)
-    if random: say_once(f"{part.place()}: freeze_params without pretrained: {name} teaches what its random weights say")
     return net
-
-def _given_as_a_whole(config):
-    g = Section(config).maybe('Global')
-    return g.get('pretrained_model') or g.get('checkpoints')
 
 def _with_part(config, part):
     "The section of a network as its file holds it"
