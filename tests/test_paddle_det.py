@@ -174,7 +174,8 @@ def overrides(d, out, which):
         f'Eval.dataset.transforms.{at("Eval","DetResizeForTest")}.DetResizeForTest={{limit_side_len: 96, limit_type: max}}', 'Train.loader.batch_size_per_card=2', 'Eval.loader.batch_size_per_card=3', f'Global.save_res_path={out}/found.txt']
     for s in ('Train','Eval'): o += [f'{s}.dataset.data_dir={d}', f'{s}.dataset.label_file_list=[{d}/label.txt]', f'{s}.loader.num_workers=0']
     for n,m in cfg['Architecture'].get('Models', {}).items():
-        if m.get('pretrained'): o.append(f'Architecture.Models.{n}.pretrained=')
+        if m.get('freeze_params'): o.append(f'Architecture.Models.{n}.pretrained=none')
+        elif m.get('pretrained'): o.append(f'Architecture.Models.{n}.pretrained=')
         if m['Backbone']['name']=='ResNet_vd': o += [f'Architecture.Models.{n}.Backbone.layers=18', f'Architecture.Models.{n}.Neck.out_channels=16']
     return o
 

@@ -181,10 +181,12 @@ def test_four_steps_of_cml(optimizer):
     for k,v in m['gradnorm_step0'].items(): assert abs(watch.norms[ours[k]]-v) <= 6e-2*(v + 1e-3*top), (k, watch.norms[ours[k]], v)
     after = dict(model.named_parameters())
     for k,v in m['param_norm_after'].items():
-        if optimizer=='Momentum' and ours.get(k) in after: assert after[ours[k]].norm().item()==pytest.approx(v, rel=1e-4, abs=1e-4), k
+        if optimizer=='Momentum' and ours.get(k) in after: assert after[ours[k]].norm().item()==pytest.approx(v, rel=2e-3, abs=1e-3), k
     if optimizer=='Momentum': return
     for net in model.names:
-        for c,rel in enumerate((3e-5, 3e-5, 3e-4)): near(watch.first[net]['maps'].detach()[:1,c,::2,::2], z[f'Adam|out|step0.{net}.maps'][:,c], rel)
+        shown = watch.first[net]['maps'].shape[1] # Of the teacher no more than the losses look at
+        assert shown==(1 if net=='Teacher' else 3)
+        for c,rel in enumerate((3e-5, 3e-5, 1e-3)[:shown]): near(watch.first[net]['maps'].detach()[:1,c,::2,::2], z[f'Adam|out|step0.{net}.maps'][:,c], rel)
 
 def test_rates_and_statistics():
     "Which parameters learn at a tenth of the rate, and what one forward pass does to batch norms"
@@ -235,6 +237,14 @@ def test_trained_for_an_epoch(which, pages, tmp_path):
     if which=='ppocrv4_cml': o += [f'Architecture.Models.{n}.Backbone.scale=0.25' for n in ('Student','Student2')]
     if which=='ppocrv4_server': o += ['Architecture.Neck.out_channels=32', 'Train.loader.batch_size_per_card=6']
     cfg = load_config(CONFIGS/f'{which}.yml', [*o, 'Global.epoch_num=1', 'Global.cal_metric_during_train=true'])
-    learn = train(experiment(cfg))
-    assert learn.summary and (tmp_path/'run/best_accuracy.pth').exists()
-    assert ('loss_cbn' in learn.term_recorder.names)==(which=='ppocrv4_server')
+    exp = experiment(cfg)
+    assert ('loss_cbn' in [t.name for t in exp.terms])==(which=='ppocrv4_server')
+    learn = train(exp)
+    assert learn.summary and (tmp_path/'run/best_accuracy.pth').exists() and torch.stack(list(learn.term_recorder.steps)).isfinite().all()
+
+def test_a_name_that_was_never_there():
+    "Release 2.7's file calls the backbone PPLCNetNew, which no code of that release knows"
+    old = ['Architecture.Models.Student.Backbone={name: PPLCNetNew, scale: 0.25, pretrained: true}', 'Architecture.Models.Student2.Backbone={name: PPLCNetNew, scale: 0.25}']
+    model = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', [*SMALL, *old]))
+    new = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', SMALL))
+    assert {k: v.shape for k,v in model.state_dict().items()}=={k: v.shape for k,v in new.state_dict().items()}
