@@ -210,7 +210,7 @@ def test_train_eval_predict(which, pages, tmp_path):
         for box in row[n]: assert len(box['points'])==4 and box['transcription']=='' and 0<=box['score']<=1
     r = cli('predict', '-c', out/'config.yml', '-o', f'Global.pretrained_model={out}/latest', '-o', f'Global.infer_img={pages}/images')
     assert r.returncode==0 and len((out/'found.txt').read_text().splitlines())==6, r.stderr
-    r = cli('train', '-c', out/'config.yml', '-o', 'Global.epoch_num=3', f'Global.checkpoints={out}/latest')
+    r = cli('train', '-c', out/'config.yml', '-o', 'Global.epoch_num=3', f'Global.checkpoints={out}/latest', 'Global.accept=[rate]')
     assert r.returncode==0 and 'epoch: [3/3]' in r.stderr, r.stderr
 
 def test_a_teacher_without_a_threshold_branch_comes_back(pages, tmp_path, monkeypatch):
