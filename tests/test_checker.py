@@ -73,6 +73,11 @@ def test_each_part_is_tried(tmp_path):
     assert next(e.spot[1] for e in found if 'max_trys' in e.spot[2])==line_of(text, 'max_trys')
     assert len({str(e) for e in found})==len(found)
 
+def test_a_mistake_does_not_hide_one_that_is_read_with_it(tmp_path):
+    "Without a number of epochs the schedule is tried all the same"
+    found = [str(e) for e in refusals(read_config(write(tmp_path, changed(CML, ('epoch_num: 500', 'epochs: 500'), ('warmup_epoch: 2', 'warmup_epoch: soon')))))]
+    assert [any(w in e for e in found) for w in ("no key 'epochs'", 'how many epochs?', "a number from 0 is wanted, not 'soon'")]==[True]*3 and len(found)==3, found
+
 def test_a_recogniser_too(tmp_path):
     text = changed(REC, ('scale: 0.5', 'scale: half'), ('hidden_dims: 120', 'hiden_dims: 120'), ('enc_dim: 512', 'enc_dims: 512'), ('use_log: true', 'use_logs: true'), ('RecConAug', 'RecConAugs'))
     keys = ' '.join(e.spot[2] for e in refusals(read_config(write(tmp_path, text))))
@@ -116,7 +121,8 @@ class Counting(nn.Module):
         self.conv = nn.Conv2d(3, 8, 1)
         self.size = float(self.conv.weight.abs().sum().item())
 
-def test_a_class_that_wants_numbers_gets_them(tmp_path):
+def test_a_class_that_wants_numbers_gets_them(tmp_path, monkeypatch):
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', {'test_checker'})
     text = CML.replace('{name: MobileNetV3, scale: 0.5, model_name: large, disable_se: true}', '{name: test_checker.Counting}')
     assert refusals(read_config(write(tmp_path, text)))==[]
     assert without_numbers(lambda: nn.Linear(2, 3)).weight.is_meta

@@ -174,7 +174,8 @@ def overrides(d, out, which):
         f'Eval.dataset.transforms.{at("Eval","DetResizeForTest")}.DetResizeForTest={{limit_side_len: 96, limit_type: max}}', 'Train.loader.batch_size_per_card=2', 'Eval.loader.batch_size_per_card=3', f'Global.save_res_path={out}/found.txt']
     for s in ('Train','Eval'): o += [f'{s}.dataset.data_dir={d}', f'{s}.dataset.label_file_list=[{d}/label.txt]', f'{s}.loader.num_workers=0']
     for n,m in cfg['Architecture'].get('Models', {}).items():
-        if m.get('pretrained') or m.get('freeze_params'): o.append(f'Architecture.Models.{n}.pretrained=none')
+        if m.get('freeze_params'): o.append(f'Architecture.Models.{n}.pretrained=none')
+        elif m.get('pretrained'): o.append(f'Architecture.Models.{n}.pretrained=')
         if m['Backbone']['name']=='ResNet_vd': o += [f'Architecture.Models.{n}.Backbone.layers=18', f'Architecture.Models.{n}.Neck.out_channels=16']
     return o
 
@@ -209,7 +210,7 @@ def test_train_eval_predict(which, pages, tmp_path):
         for box in row[n]: assert len(box['points'])==4 and box['transcription']=='' and 0<=box['score']<=1
     r = cli('predict', '-c', out/'config.yml', '-o', f'Global.pretrained_model={out}/latest', '-o', f'Global.infer_img={pages}/images')
     assert r.returncode==0 and len((out/'found.txt').read_text().splitlines())==6, r.stderr
-    r = cli('train', '-c', out/'config.yml', '-o', 'Global.epoch_num=3', f'Global.checkpoints={out}/latest')
+    r = cli('train', '-c', out/'config.yml', '-o', 'Global.epoch_num=3', f'Global.checkpoints={out}/latest', 'Global.accept=[rate]')
     assert r.returncode==0 and 'epoch: [3/3]' in r.stderr, r.stderr
 
 def test_a_teacher_without_a_threshold_branch_comes_back(pages, tmp_path, monkeypatch):

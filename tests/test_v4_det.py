@@ -1,5 +1,5 @@
 "PP-OCRv4's detectors against PaddleOCR's own numbers: necks, heads, losses, four steps of CML, the names of all parameters; and its configurations trained"
-import json
+import copy, json
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders
@@ -14,8 +14,12 @@ from distillbook.learner import distill_learner
 from distillbook.optim import own_l2
 from distillbook.reparam import fuse
 from distillbook.schedules import FollowSchedule, own_lr
+from distillbook.data.render import font_files, make_words
+from distillbook.det.render import render_page
+from distillbook.use.released import teacher_file
+from distillbook.use.teachers import onnx_session
 from distillbook.use.training import train
-from distillbook.use.weights import load_paddle
+from distillbook.use.weights import load_paddle, onnx_weights
 from test_paddle import Same, Watch, load, near, paddle_names
 from test_paddle_det import MAPS, NoValidation, in_training, loss_cfg, overrides, pages
 from weights_formula import fill4
@@ -181,10 +185,12 @@ def test_four_steps_of_cml(optimizer):
     for k,v in m['gradnorm_step0'].items(): assert abs(watch.norms[ours[k]]-v) <= 6e-2*(v + 1e-3*top), (k, watch.norms[ours[k]], v)
     after = dict(model.named_parameters())
     for k,v in m['param_norm_after'].items():
-        if optimizer=='Momentum' and ours.get(k) in after: assert after[ours[k]].norm().item()==pytest.approx(v, rel=2e-3, abs=1e-3), k # Four steps on, another order of sums is that much; 7e-4 was seen
+        if optimizer=='Momentum' and ours.get(k) in after: assert after[ours[k]].norm().item()==pytest.approx(v, rel=2e-3, abs=1e-3), k
     if optimizer=='Momentum': return
     for net in model.names:
-        for c,rel in enumerate((3e-5, 3e-5, 1e-3)): near(watch.first[net]['maps'].detach()[:1,c,::2,::2], z[f'Adam|out|step0.{net}.maps'][:,c], rel)
+        shown = watch.first[net]['maps'].shape[1] # Of the teacher no more than the losses look at
+        assert shown==(1 if net=='Teacher' else 3)
+        for c,rel in enumerate((3e-5, 3e-5, 1e-3)[:shown]): near(watch.first[net]['maps'].detach()[:1,c,::2,::2], z[f'Adam|out|step0.{net}.maps'][:,c], rel)
 
 def test_rates_and_statistics():
     "Which parameters learn at a tenth of the rate, and what one forward pass does to batch norms"
@@ -238,4 +244,35 @@ def test_trained_for_an_epoch(which, pages, tmp_path):
     exp = experiment(cfg)
     assert ('loss_cbn' in [t.name for t in exp.terms])==(which=='ppocrv4_server')
     learn = train(exp)
-    assert learn.summary and (tmp_path/'run/best_accuracy.pth').exists()
+    assert learn.summary and (tmp_path/'run/best_accuracy.pth').exists() and torch.stack(list(learn.term_recorder.steps)).isfinite().all()
+
+def test_a_name_that_was_never_there():
+    "Release 2.7's file calls the backbone PPLCNetNew, which no code of that release knows"
+    old = ['Architecture.Models.Student.Backbone={name: PPLCNetNew, scale: 0.25, pretrained: true}', 'Architecture.Models.Student2.Backbone={name: PPLCNetNew, scale: 0.25}']
+    model = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', [*SMALL, *old]))
+    new = build_model(load_config(CONFIGS/'ppocrv4_cml.yml', SMALL))
+    assert {k: v.shape for k,v in model.state_dict().items()}=={k: v.shape for k,v in new.state_dict().items()}
+
+
+# %% released weights
+@pytest.mark.parametrize('fused', [True, False])
+def test_the_released_detector_says_what_onnxruntime_says_and_trains(fused):
+    "Into the fused form, and into the one with branches: every weight of the file, the same map on rendered pages, a gradient for every parameter"
+    path = teacher_file('PP-OCRv4_det')
+    torch.manual_seed(0)
+    net = build_model(load_config('det/ppocrv4_mobile', [f'Architecture.Backbone.fused={fused}', 'Global.pretrained_model=PP-OCRv4_det']))
+    session,words = onnx_session(path, 1),make_words(100)
+    for seed in (2, 3):
+        page,*_ = render_page(np.random.default_rng(seed), 160, 256, words, font_files('dejavu'), size=(14,40))
+        x = ((torch.tensor(page)/255-torch.tensor([.485,.456,.406]))/torch.tensor([.229,.224,.225])).permute(2,0,1)[None].float()
+        want = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        with torch.no_grad(): got = net.eval()(x)['maps']
+        assert want.max()>.9 and np.abs(got.numpy()-want).max()<1e-4
+    n = sum(w.size for k,w in onnx_weights(path).items())
+    own = sum(v.numel() for k,v in fuse(copy.deepcopy(net)).state_dict().items() if not k.startswith('head.thresh') and not k.endswith('num_batches_tracked') and k not in UNUSED)
+    assert n==own
+    loss = sum(db_parts(net.train()(x)['maps'], *[torch.full(x.shape[:1]+x.shape[2:], v) for v in (.3, 1., 1., 1.)]).values())
+    loss.backward()
+    assert loss.isfinite() and {k for k,p in net.named_parameters() if p.grad is None}==UNUSED and all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+UNUSED = {f'backbone.blocks{s}.0.dw_conv.act.lab.{k}' for s in (3,4,5,6) for k in ('scale','bias')} # Behind a stride of 2 there is no activation, in PaddleOCR either

@@ -12,7 +12,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 import torch
-from .assembly import eval_steps
+from .assembly import _epochs, eval_steps
 from .data import build_operations, eval_sides, loader_settings, source_arguments
 from .evaluation import build_decoder, build_metric
 from .files import check, read_config
@@ -82,14 +82,15 @@ def _check_optimizer(config):
     with trying(): build_optimizer(section)
     with trying():
         lr = section.section('lr') if isinstance(section.get('lr'), dict) else section.get('lr')
-        lr_schedule(lr, Section(config).section('Global').read('epoch_num', int, least=1), 100)
+        epochs = Section(config).maybe('Global').get('epoch_num')
+        lr_schedule(lr, epochs if type(epochs) is int and epochs>0 else 1, 100)
     trying.done()
 
 # %% ../../nbs/config/11_check.ipynb #40b85af8
 def _parts(config):
     "What is built of a configuration, each by a function without arguments"
     yield lambda: check(config)
-    yield lambda: eval_steps(Section(config).section('Global'))
+    yield from (lambda: read(Section(config).section('Global')) for read in (_epochs, eval_steps))
     yield lambda: without_numbers(lambda: build_networks(config, load=(), fetch=False))
     yield from (partial(build, config) for build in (build_terms, build_decoder, build_metric, _check_optimizer))
     yield from (partial(_check_side, config, side) for side in ('Train','Eval'))

@@ -142,7 +142,7 @@ def _named_part(arch, key):
     return part
 
 def _backbone(arch, kind):
-    part = _named_part(arch, 'Backbone')
+    part = _by_its_later_name(_named_part(arch, 'Backbone'), kind)
     name = part.get('name')
     if name.startswith('timm.'): net = _timm(part, kind)
     else:
@@ -173,6 +173,12 @@ def _swallowed(part, found):
         raise part.refuse("weights are named beside the Backbone, as `pretrained` of the network", 'pretrained')
     if part.get('pretrained'): say_once(f"{part.place('pretrained')}: has no effect, as in PaddleOCR")
     return ('pretrained',)
+
+def _by_its_later_name(part, kind):
+    "The detector's backbone that release 2.7's file for CML means, by a name that no code of PaddleOCR's has"
+    if kind!='det' or part.get('name')!='PPLCNetNew': return part
+    say_once(f"{part.place('name')}: PPLCNetNew is what PPLCNetV3 was called before it came out, and that is built")
+    return _with_values(part, {**part.values, 'name': 'PPLCNetV3', 'det': True})
 
 def _with_last_stage(arch, part):
     "A backbone whose tokens no head could take, with the last stage that makes columns of them"
