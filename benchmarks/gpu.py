@@ -24,7 +24,7 @@ if __name__=='__main__' and '--device' in sys.argv and 'cpu' in sys.argv: os.env
 import numpy as np, torch
 from distillbook.config import build_model, build_terms, load_config
 from distillbook.graphs import Launches, Runner, compile_blocks, cuda_record, record_net
-from distillbook.nets import Nets, Targets
+from distillbook.nets import Targets
 from distillbook.terms import Terms
 
 CONFIGS = Path(__file__).parents[1]/'configs'
@@ -124,11 +124,14 @@ class Way:
 
     def __enter__(self):
         self.work.nets.runner = self.runner
+        self.layers = nullcontext() if not self.depthwise else triton_layers(self.work.nets)
+        self.layers.__enter__()
         torch.backends.cudnn.benchmark = self.benchmark
         return self
 
     def __exit__(self, *_):
         self.work.nets.runner = None
+        self.layers.__exit__(None, None, None)
         torch.backends.cudnn.benchmark = False
 
     def failed(self):
@@ -140,6 +143,17 @@ class Way:
 
     def close(self):
         if self.runner: self.runner.close()
+
+
+def triton_layers(nets):
+    "Depthwise convolutions by Triton, if they compute here what PyTorch's do"
+    from benchmarks.depthwise import check, triton_depthwise
+    global wrong
+    if wrong is None: wrong = check('cuda')
+    if not wrong<1e-4: raise RuntimeError(f"Triton's depthwise convolutions are {wrong:.2g} from PyTorch's")
+    return triton_depthwise(nets)
+
+wrong = None # How far Triton's are from PyTorch's, once that is known
 
 
 def block_of(way, n):
@@ -249,7 +263,8 @@ def error_of(e):
 # ---- the jobs
 
 def ways_of(work):
-    return {'plain': Way(work), 'recorded': Way(work, record=True, streams=False), 'recorded, a stream each': Way(work, record=True)}
+    ways = {'plain': Way(work), 'recorded': Way(work, record=True, streams=False), 'recorded, a stream each': Way(work, record=True)}
+    return ways | ({'recorded, depthwise by Triton': Way(work, record=True, depthwise=True)} if work.device.type=='cuda' else {})
 
 
 def steps(kind, precision, o):
@@ -279,7 +294,7 @@ def layout(kind, precision, o):
 def learner(kind, precision, o):
     "Steps of `distill_learner` beside a bare loop's, both as they are by default"
     from fastai.basics import OptimWrapper
-    from benchmarks.speed import NoValid, make_learner, one_step
+    from benchmarks.speed import make_learner, one_step
     work = Work(kind, precision, o)
     opt_func = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True))
     learn = make_learner(work.nets, work.terms.terms, work.xb, work.yb, 2, opt_func)

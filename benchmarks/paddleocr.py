@@ -65,6 +65,7 @@ def main():
     from benchmarks.quickstart import machine
     from benchmarks.speed import bare, connected, ratios, work
     from distillbook.core import keep_memory, write_beside
+    from distillbook.depthwise import Depthwise, wide_depthwise
     warnings.simplefilter('ignore')
     torch.set_num_threads(a.threads)
     keep_memory()
@@ -80,6 +81,7 @@ def main():
             return float(theirs.stdout.readline())
         nets.to(memory_format=torch.channels_last)
         connected(nets, terms, xb, yb)
+        for m in wide_depthwise(nets): m.__class__ = Depthwise # As the learner does
         opt = torch.optim.Adam([p for p in nets.parameters() if p.requires_grad], lr=1e-3, fused=True)
         nets.train()
         bf16 = {'ours, teacher in bf16': set(nets.frozen)} if nets.frozen else {}

@@ -3,6 +3,7 @@
 Each suite is a function that gives rows (dicts). Whatever is compared runs in turns in one process, a round after another, the first round left out;
 shown are medians, and the lowest and highest ratio of two turns of one round."""
 import gc, subprocess, sys, tempfile, time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -79,14 +80,14 @@ def bare(nets, terms, xb, yb, opt, amp=False):
     return np.diff(t)
 
 
-def in_turns(fns, rounds):
+def in_turns(fns, rounds, clock=time.perf_counter):
     "Seconds of each function in each round but the first"
     took = {k: [] for k in fns}
     for r in range(rounds+1):
         for k in list(fns)[::1 if r%2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             fns[k]()
-            if r: took[k].append(time.perf_counter()-start)
+            if r: took[k].append(clock()-start)
     return took
 
 
@@ -274,6 +275,29 @@ def tricks(rounds=7, compile=False, **_):
         gc.collect()
 
 
+def quicker(rounds=7, **_):
+    "A bare step with quicker gradients of wide depthwise kernels, and with a teacher asked for what is read; and the teacher's forward. Seconds are this process's own, so use one thread"
+    from distillbook.cache import folded
+    from distillbook.depthwise import quick_depthwise
+    for kind in ('rec','cml'):
+        cfg,nets,terms,xb,yb = work(kind)
+        nets.to(memory_format=torch.channels_last)
+        connected(nets, terms, xb, yb)
+        opt = torch.optim.Adam([p for p in nets.parameters() if p.requires_grad], lr=1e-3, fused=True)
+        brief = set(nets.train().brief)
+        def way(pairs, asked):
+            nets.brief = asked
+            with quick_depthwise(nets) if pairs else nullcontext(): bare(nets, terms, xb, yb, opt)
+        fns = {'as before': partial(way, False, set()), 'gradients by pairs': partial(way, True, set())}
+        if brief: fns |= {'teacher asked less': partial(way, False, brief), 'both': partial(way, True, brief)}
+        for row in ratios(in_turns(fns, rounds, time.process_time), 'as before'): yield dict(what_is=f'{kind}, a step', **row)
+    quick = folded(nets['Teacher'].eval())
+    def forward(net, whole):
+        with torch.no_grad(): net(*xb, whole=whole)
+    fns = {'asked for all': partial(forward, nets['Teacher'], True), 'asked for one map': partial(forward, nets['Teacher'], False), 'and BatchNorm folded': partial(forward, quick, False)}
+    for row in ratios(in_turns(fns, rounds, time.process_time), 'asked for all'): yield dict(what_is='cml, the teacher', **row)
+
+
 def doubled(m):
     "Two copies of a network of convolutions side by side in one, as groups"
     for name,c in m.named_children():
@@ -422,7 +446,7 @@ def one_process(what):
     return median([sum(bare(nets, terms, xb, yb, opt)) for _ in range(8)][3:])
 
 
-SUITES = dict(steps=steps, learner=learner, tricks=tricks, twins=twins, ctc=ctc, teacher=teacher, evaluation=evaluation, inference=inference, memory=memory)
+SUITES = dict(steps=steps, learner=learner, tricks=tricks, quicker=quicker, twins=twins, ctc=ctc, teacher=teacher, evaluation=evaluation, inference=inference, memory=memory)
 
 if __name__=='__main__':
     import warnings

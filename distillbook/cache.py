@@ -166,13 +166,15 @@ def get(self:Answers,
             if key_there!=key: raise ValueError
             kinds,body = f.read(n).split(b'\n', 1)
         return dict(_arrays(json.loads(kinds), body))
-    except (OSError, ValueError, TypeError, struct.error):
+    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError, RecursionError, MemoryError, struct.error):
         del self.offsets[key]
         return None
 
 def _arrays(kinds, body):
     start = 0
     for name,kind,shape in kinds:
+        if not isinstance(name, str) or np.dtype(kind).kind not in 'biuf' or not all(0<=n<=len(body) for n in shape):
+            raise ValueError(f'no array: {name!r} {kind!r} {shape!r}')
         yield name,np.frombuffer(body, kind, math.prod(shape), start).reshape(shape)
         start += math.prod(shape)*np.dtype(kind).itemsize
 
@@ -197,12 +199,18 @@ class CachedNet(nn.Module):
     ):
         if self.training: raise UserError("a CachedNet must be frozen: put its name into `frozen`")
         kwargs = dict(whole=bool(whole)) if self.asks_whole else {}
-        keys = [digest(o, ' whole'*kwargs.get('whole', False)) for o in x]
+        keys = [digest(o, ' whole'*kwargs.get('whole', False)) for o in x.detach().cpu()]
         rows = self._rows(keys, x, kwargs)
+        _check_alike(rows.values(), self.answers.path)
         stacked = {name: np.stack([rows[k][name] for k in keys]) for name in rows[keys[0]]}
         return joined({name: torch.from_numpy(v).to(x.device) for name,v in stacked.items()})
 
 # %% ../nbs/learning/10_cache.ipynb #647e4e3b
+def _check_alike(rows, path):
+    "`UserError` if the file has answers of several kinds, as only a spoilt one has"
+    kinds = {tuple((k, v.shape, v.dtype.str) for k,v in row.items()) for row in rows}
+    if len(kinds)>1: raise UserError(f"{path}: the answers kept in it have different shapes; delete the file")
+
 @patch
 def _rows(self:CachedNet, keys, x, kwargs):
     "Key to answer; the network is asked what is not known, each picture once"

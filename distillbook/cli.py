@@ -6,9 +6,10 @@ Docs: https://distillbook.github.io/distillbook/use/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RANK', 'console', 'errors', 'app', 'CONFIG_HELP', 'OVERRIDE_HELP', 'CONFIG', 'RUN', 'OVERRIDE', 'JSON', 'DRAW',
-           'MORE', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'show_log', 'bar', 'say', 'cell', 'table',
-           'save_picture', 'load', 'load_trained', 'train', 'summary', 'short_count', 'lr_find', 'evaluate', 'predict',
-           'extract', 'export', 'read', 'compare', 'render', 'teachers', 'check']
+           'MORE', 'TRUST_HELP', 'TRUST', 'AMP', 'COUNTED', 'NET_HELP', 'one_line_errors', 'stop', 'stop_for',
+           'show_log', 'bar', 'say', 'cell', 'table', 'save_picture', 'load', 'load_trained', 'train', 'summary',
+           'short_count', 'lr_find', 'evaluate', 'predict', 'extract', 'export', 'read', 'compare', 'render',
+           'teachers', 'check']
 
 # %% ../nbs/use/08_cli.ipynb #170e2d03
 import json, logging, os, sys, warnings
@@ -16,15 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
-from .core import UserError, one_line, unknown
+from .core import UserError, one_line, printable, unknown
 
 # %% ../nbs/use/08_cli.ipynb #7907b451
 if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ):
     os.environ |= dict(OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='10000')
-if '' not in sys.path and os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd()) # Modules of your own, for dotted paths
 RANK = int(os.environ.get('RANK', 0)) # Of several processes that torchrun or accelerate has started
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
@@ -52,9 +51,15 @@ def stop(message, status):
     raise typer.Exit(status)
 
 # %% ../nbs/use/08_cli.ipynb #8347b861
+def stop_for(faults, n):
+    "Name the pictures that could not be used, and exit with status 1 if there are any"
+    if not faults: return
+    for why in [*faults.values()][:20]: print(f'distillbook: {one_line(why)}', file=sys.stderr)
+    stop(f'{len(faults)} of {n} pictures could not be used; the others are done', 1)
+
 class _Lines(logging.Handler):
     "Log lines on the error stream, above a progress bar if there is one"
-    def emit(self, record): print(self.format(record), file=sys.stderr)
+    def emit(self, record): print(printable(self.format(record)), file=sys.stderr)
 
 def show_log():
     "Log lines on the error stream, where results are not"
@@ -81,17 +86,30 @@ JSON = typer.Option(False, '--json', help='JSON instead of a table')
 DRAW = typer.Option(None, '--draw', metavar='FILE.png', help='Draw it')
 MORE = dict(context_settings=dict(allow_extra_args=True))
 
+def _trust(modules):
+    "Before anything else: whose code may run, and where it is looked for"
+    with one_line_errors():
+        if not modules: return modules
+        from distillbook.config.registry import trust
+        if '' not in sys.path and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+        trust(*modules)
+        return modules
+
+TRUST_HELP = 'A module of your own, here or installed, whose classes and functions the configuration may name'
+TRUST = typer.Option([], '--trust', metavar='MODULE', help=TRUST_HELP, envvar='DISTILLBOOK_TRUST', callback=_trust,
+    is_eager=True, rich_help_panel='What')
+
 # %% ../nbs/use/08_cli.ipynb #e69eae55
-def say(line): console.print(line, highlight=False, soft_wrap=True, markup=False)
+def say(line): console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 def cell(value)->Text:
-    "A value as a table shows it"
+    "A value as a table shows it: text of others neither colours the terminal nor moves its cursor"
     if value is None or value!=value: return Text('')
-    return Text(f'{value:.5g}' if isinstance(value, float) else str(value))
+    return Text(f'{value:.5g}' if isinstance(value, float) else printable(value))
 
 def table(rows):
     "A list of dicts as a table"
-    t = Table(*(str(k) for k in rows[0])) if rows else Table()
+    t = Table(*(Column(cell(k)) for k in rows[0])) if rows else Table()
     for r in rows: t.add_row(*(cell(v) for v in r.values()))
     console.print(t)
 
@@ -130,7 +148,7 @@ AMP = dict(bf16=['Global.use_amp=true','Global.amp_dtype=bfloat16'],
 
 @app.command(**MORE)
 def train(ctx:typer.Context, config:Path=typer.Option(..., '-c', '--config', help=CONFIG_HELP),
-    override:list[str]=OVERRIDE,
+    override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     amp:str=typer.Option(None, '--amp', metavar='bf16|fp16|no',
         help='Mixed precision, whatever the configuration says')):
     """Train the networks of a configuration.
@@ -163,8 +181,8 @@ def _train(cfg):
 
 # %% ../nbs/use/08_cli.ipynb #0fd15f92
 @app.command(**MORE)
-def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, draw:Path=DRAW,
-    as_json:bool=JSON):
+def summary(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE,
+    trust:list[str]=TRUST, draw:Path=DRAW, as_json:bool=JSON):
     """Say what a configuration is: each network, its weights and its cost, and what each term connects.
 
     Example: distillbook summary -c ch_PP-OCRv3_det_cml.yml --draw cml.png
@@ -191,7 +209,7 @@ def short_count(n):
 
 # %% ../nbs/use/08_cli.ipynb #1efb16ad
 @app.command('lr-find', **MORE)
-def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
+def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     steps:int=typer.Option(100, '--steps', min=10, help='Of the trial'), draw:Path=DRAW, as_json:bool=JSON):
     """Find a learning rate for a configuration: train for a moment with ever higher rates, and keep nothing.
 
@@ -208,7 +226,8 @@ def lr_find(ctx:typer.Context, config:Path=CONFIG, override:list[str]=OVERRIDE,
 
 # %% ../nbs/use/08_cli.ipynb #afedc917
 @app.command('eval', **MORE)
-def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE, as_json:bool=JSON):
+def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[str]=OVERRIDE,
+    trust:list[str]=TRUST, as_json:bool=JSON):
     """Measure the networks of a configuration on its Eval section.
 
     Examples: distillbook eval -c rec.yml -o Global.pretrained_model=output/best_accuracy
@@ -218,8 +237,10 @@ def evaluate(ctx:typer.Context, config:Path=CONFIG, run:Path=RUN, override:list[
     with one_line_errors():
         cfg = load_trained(config, run, [*override, *ctx.args])
         from distillbook.config.assembly import ready_networks
-        from distillbook.use.training import evaluate_sets
-        got = evaluate_sets(ready_networks(cfg, evals=True), bar('measuring'))
+        from distillbook.use.training import evaluate_sets, look_over_data
+        exp = ready_networks(cfg, evals=True)
+        for line in look_over_data(exp): logging.getLogger('distillbook').info('%s', line)
+        got = evaluate_sets(exp, bar('measuring'))
         if list(got)==['eval']: got = got['eval']
         if as_json: return print(json.dumps(got))
         table(_numbers(got))
@@ -234,7 +255,7 @@ def _numbers(got):
 def predict(
     images:list[str]=typer.Argument(None, metavar='IMAGE...',
         help='Pictures of one line each, or for a detector of whole pages: files, folders or globs'),
-    run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, as_json:bool=JSON,
+    run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST, as_json:bool=JSON,
 ):
     """Read pictures of lines, or find the lines on pages, with what was trained.
 
@@ -245,11 +266,16 @@ def predict(
     distillbook predict --run output/det pages    (a detector: draws its boxes into output/det/det_results_NET)
     """
     with one_line_errors():
-        more = [o for o in images or [] if '=' in o and not Path(o).exists()]
-        rows = _predicted(run, config, [o for o in images or [] if o not in more], [*override, *more])
-        if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        flat = list(_rows_of_texts(rows))
-        console.print(_table_of_texts(flat) if flat or not rows else _table_of_boxes(rows))
+        from distillbook.data.pictures import file_and_page
+        more = [o for o in images or [] if '=' in o and not file_and_page(o)[0].exists()]
+        rows,faults = _predicted(run, config, [o for o in images or [] if o not in more], [*override, *more])
+        if as_json: print(json.dumps(rows, ensure_ascii=False))
+        else: console.print(_predictions(rows))
+        stop_for(faults, len(rows)+len(faults))
+
+def _predictions(rows):
+    flat = list(_rows_of_texts(rows))
+    return _table_of_texts(flat) if flat or not rows else _table_of_boxes(rows)
 
 # %% ../nbs/use/08_cli.ipynb #87983d47
 def _predicted(run, config, images, overrides):
@@ -259,14 +285,15 @@ def _predicted(run, config, images, overrides):
     from distillbook.use.results import draw_found, predict, save_reads
     if not images and not cfg['Global'].get('infer_img'): raise UserError("which pictures?")
     paths = image_paths(images or [cfg['Global']['infer_img']])
-    exp = ready_networks(cfg)
-    rows,to = predict(exp, paths, bar('reading')),cfg['Global'].get('save_res_path') if config is not None else None
+    exp,faults = ready_networks(cfg),{}
+    rows = predict(exp, paths, bar('reading'), faults)
+    to = cfg['Global'].get('save_res_path') if config is not None else None
     if to: save_reads(rows, to)
     if exp.pictures.task=='det':
         made = draw_found(rows, run or Path(to or 'output/predict.txt').parent)
         folders = ', '.join(dict.fromkeys(str(p.parent) for p in made))
         print(f"distillbook: {len(made)} pictures drawn in {folders}", file=sys.stderr)
-    return rows
+    return rows,faults
 
 # %% ../nbs/use/08_cli.ipynb #8a65de85
 def _rows_of_texts(rows):
@@ -281,8 +308,7 @@ def _table_of_texts(rows):
     named = any('network' in r for r in rows)
     t = Table('image', *(['network'] if named else []), 'text', 'confidence')
     for r in rows:
-        t.add_row(Text(r['image']), *([r['network']] if 'network' in r else []), Text(r['text']),
-            f"{r['confidence']:.3f}")
+        t.add_row(*(cell(r[k]) for k in ('image','network','text') if k in r), f"{r['confidence']:.3f}")
     return t
 
 def _table_of_boxes(rows):
@@ -292,7 +318,7 @@ def _table_of_boxes(rows):
         for net,boxes in r.items():
             if net=='image': continue
             mean = sum(o['score'] for o in boxes)/len(boxes) if boxes else None
-            t.add_row(Text(r['image']), '' if net=='boxes' else net, str(len(boxes)),
+            t.add_row(cell(r['image']), cell('' if net=='boxes' else net), str(len(boxes)),
                 '' if mean is None else f"{mean:.3f}")
     return t
 
@@ -303,7 +329,7 @@ def extract(ctx:typer.Context,
         help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
     net:str=typer.Option('Student', '--net', help='Which network'),
     out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'),
-    config:Path=CONFIG):
+    config:Path=CONFIG, trust:list[str]=TRUST):
     """Take one network's weights out of a run or a checkpoint.
 
     Examples: distillbook extract output/rec --net Student -o student.safetensors
@@ -332,7 +358,7 @@ NET_HELP = ("Which network, default Student, or the only one; 'all': every one; 
     "several, with commas between: see --ensemble")
 
 @app.command(**MORE)
-def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE,
+def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[str]=OVERRIDE, trust:list[str]=TRUST,
     net:str=typer.Option(None, '--net', help=NET_HELP), to:str=typer.Option('onnx', '--to', help='onnx or torch'),
     out:Path=typer.Option(None, '--out', metavar='FOLDER',
         help="Where to; default: Global.save_inference_dir, or inference in the run's folder"),
@@ -371,6 +397,7 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
     rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
         help='Draw what was read; for several pictures, a folder'),
+    turned:bool=typer.Option(False, '--turned', help='Pages may lie on their side or stand on their head; lines too'),
     as_json:bool=JSON):
     """Read whole pages: find the lines, straighten them, read them.
 
@@ -380,27 +407,35 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
     """
     with one_line_errors():
         show_log()
-        from distillbook.data.pictures import image_paths
+        from distillbook.data.pictures import each_picture, image_paths
         from distillbook.use.ocr import Reader, to_json
-        paths,reader = image_paths(images),Reader(det, rec)
-        pages = reader.read_pages(paths, bar('reading'))
-        if draw: _draw_pages(draw, paths, pages)
-        rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in zip(paths, pages)]
-        if as_json: return print(json.dumps(rows, ensure_ascii=False))
-        table([dict(image=Path(r['image']).name, text=l['text'], confidence=f"{l['confidence']:.3f}")
-            for r in rows for l in r['lines']])
+        paths = image_paths(images)
+        pages,faults = each_picture(paths, Reader(det, rec, turned=turned), bar('reading'))
+        if draw: _draw_pages(draw, pages, len(paths)>1)
+        rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in pages]
+        if as_json: print(json.dumps(rows, ensure_ascii=False))
+        else: table([row for r in rows for row in _lines_of(r)])
+        stop_for(faults, len(paths))
+
+def _lines_of(page):
+    "A row a line; of a page on which nothing was found a row that says so"
+    name = Path(page['image']).name
+    found = [dict(image=name, text=l['text'], confidence=f"{l['confidence']:.3f}") for l in page['lines']]
+    return found or [dict(image=name, text='(no text found)', confidence='')]
 
 # %% ../nbs/use/08_cli.ipynb #b13cb83e
-def _draw_pages(to, paths, pages):
+def _draw_pages(to, pages, several):
     import cv2
     from distillbook.core import write_beside
-    from distillbook.use.ocr import as_image, draw_page
-    if len(paths)==1 and to.suffix not in ('.png','.jpg'):
+    from distillbook.data.pictures import drawing_paths, read_picture
+    from distillbook.use.ocr import draw_page
+    if not several and to.suffix not in ('.png','.jpg'):
         raise UserError(f"{to}: a picture's name ends with .png or .jpg")
-    for p,lines in zip(paths, pages):
-        file = to if len(paths)==1 else to/f'{p.stem}.png'
-        picture = cv2.imencode(file.suffix, draw_page(as_image(p), lines))[1]
-        with write_beside(file) as tmp: tmp.write_bytes(picture.tobytes())
+    files = drawing_paths([p for p,_ in pages], to)
+    for path,lines in pages:
+        file = files[path] if several else to
+        drawn = cv2.imencode(file.suffix, draw_page(read_picture(path), lines))[1]
+        with write_beside(file) as tmp: tmp.write_bytes(drawn.tobytes())
 
 # %% ../nbs/use/08_cli.ipynb #0527f342
 @app.command()
@@ -460,7 +495,7 @@ def teachers(as_json:bool=JSON):
 def check(
     files:list[str]=typer.Argument(..., metavar='FILE...',
         help='YAML files, folders of them, or names of configurations that come along'),
-    override:list[str]=OVERRIDE, as_json:bool=JSON):
+    override:list[str]=OVERRIDE, trust:list[str]=TRUST, as_json:bool=JSON):
     """Name everything in configurations that would be refused, with file and line. Data need not be here.
 
     Examples: distillbook check mine.yml

@@ -1,4 +1,4 @@
-"""Reference. The same command on two processes or many: a batch cut, gradients averaged, counts added up.
+"""Reference. One GPU, and how to test for it without one; then many: a batch cut, gradients averaged.
 
 Docs: https://distillbook.github.io/distillbook/learning/devices.html.md"""
 
@@ -19,6 +19,7 @@ from fastai.callback.all import ProgressCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .core import UserError
+from .layers import FixedBatchNorm2d
 from .learner import DistillLearner, _first_batch
 from .metrics import NetMetric
 from .nets import Nets
@@ -154,7 +155,8 @@ class Ranks(DistributedTrainer):
 
 def _sync_batchnorm(nets):
     for n in nets.names:
-        if n not in nets.frozen: nets._modules[n] = nn.SyncBatchNorm.convert_sync_batchnorm(nets[n])
+        fixed = any(isinstance(m, FixedBatchNorm2d) for m in nets[n].modules())
+        if n not in nets.frozen and not fixed: nets._modules[n] = nn.SyncBatchNorm.convert_sync_batchnorm(nets[n])
 
 # %% ../nbs/learning/11_devices.ipynb #a2b8b766
 def counts(

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from fastai.basics import Callback, get_model, num_distrib
 from platformdirs import user_cache_dir
 from .core import one_line
+from .depthwise import Depthwise, wide_depthwise
 from .nets import Nets, members
 
 # %% ../nbs/learning/06b_graphs.ipynb #30811a52
@@ -180,6 +181,8 @@ def _same_autocast(device):
     dtype,on = torch.get_autocast_dtype(kind),torch.is_autocast_enabled(kind)
     return torch.autocast(kind, dtype, enabled=on, cache_enabled=False)
 
+def _device(xb): return tree_flatten(list(xb))[0][0].device
+
 def _learning(nets, name):
     return [] if name in nets.frozen else [p for p in nets[name].parameters() if p.requires_grad]
 
@@ -206,7 +209,7 @@ def _no_waiting():
 def _run_once(nets, name, xb, targets):
     "Forward and back"
     params = _learning(nets, name)
-    with torch.set_grad_enabled(bool(params)), _same_autocast(xb[0].device):
+    with torch.set_grad_enabled(bool(params)), _same_autocast(_device(xb)):
         out = tree_flatten(_with_taps(nets, name, xb, targets))[0]
     moving = [o for o in out if isinstance(o, Tensor) and o.requires_grad]
     if moving: torch.autograd.grad(moving, params, [torch.zeros_like(o) for o in moving], allow_unused=True)
@@ -218,7 +221,7 @@ def cuda_record(nets, name, xb, targets, stream)->Graphed:
         _run_once(nets, name, xb, targets)
         with _no_waiting(): _run_once(nets, name, xb, targets)
     torch.cuda.current_stream().wait_stream(stream)
-    pool,generator = torch.cuda.graph_pool_handle(),torch.cuda.default_generators[xb[0].device.index or 0]
+    pool,generator = torch.cuda.graph_pool_handle(),torch.cuda.default_generators[_device(xb).index or 0]
     try: return record_net(nets, name, xb, targets, partial(CudaTape, pool, stream))
     except Exception:
         if hasattr(generator, 'graphsafe_set_state'): generator.graphsafe_set_state(generator.clone_state())
@@ -258,7 +261,7 @@ def _batch(leaves, form):
 
 # %% ../nbs/learning/06b_graphs.ipynb #13fa9dc7
 @patch
-def __call__(self:Recording, nets, leaves):
+def play_all(self:Recording, nets, leaves):
     "Outputs by network; what is tapped is put into the `taps` of `nets`"
     for place,o in zip(self.fixed, leaves): place.copy_(o, non_blocking=True)
     outs,taps = {},{}
@@ -305,7 +308,7 @@ def _run(self:Runner, nets, xb, targets):
         self.seen[key] += 1
         if self.seen[key]<=self.warm or not self._room(): return nets.plain(xb, targets)
         self.kept[key] = self._recorded(nets, leaves, form)
-    return self.kept[key](nets, leaves)
+    return self.kept[key].play_all(nets, leaves)
 
 # %% ../nbs/learning/06b_graphs.ipynb #391469e6
 @patch
@@ -317,7 +320,7 @@ def _with_blocks(self:Runner, xb):
         return
     self.blocks.on = True
     try:
-        with _same_autocast(xb[0].device): yield
+        with _same_autocast(_device(xb)): yield
     finally: self.blocks.on = False
 
 # %% ../nbs/learning/06b_graphs.ipynb #134c9861
@@ -439,7 +442,7 @@ def _compile(self:Runner, nets, xb, targets):
     make,self.compiled,start = self.compiled,None,time.perf_counter()
     self.blocks = make(nets)
     try:
-        with as_before(nets, xb[0].device), self._with_blocks(xb):
+        with as_before(nets, _device(xb)), self._with_blocks(xb):
             for name in nets.names: _run_once(nets, name, xb, targets)
     except Exception as e:
         self.blocks.remove()
@@ -457,11 +460,12 @@ class QuickSteps(Callback):
     def __init__(self,
         compile:bool=None, # See the table
         record=None, # What records a network; None: CUDA graphs on a GPU, and nothing elsewhere
-    ): self.compile,self.record,self.runner = compile,record,None
+    ): self.compile,self.record,self.runner,self.layers = compile,record,None,[]
 
     def before_fit(self):
         nets = get_model(self.learn.model)
         if self.compile is False or hasattr(self.learn, 'lr_finder'): return
+        self._swap_layers(nets)
         if num_distrib()>1:
             if self.compile: log.info('several ranks: steps are neither recorded nor compiled')
             return
@@ -474,7 +478,13 @@ class QuickSteps(Callback):
         if not record and not self.compile: return None
         return Runner(record, on_gpu, compiled=compile_blocks if self.compile else None)
 
+    def _swap_layers(self, nets):
+        on_cpu = next(nets.parameters()).device.type=='cpu'
+        self.layers = wide_depthwise(nets) if on_cpu and not self.compile else []
+        for m in self.layers: m.__class__ = Depthwise
+
     def cleanup(self):
-        get_model(self.learn.model).runner = None
+        for m in self.layers: m.__class__ = nn.Conv2d
+        get_model(self.learn.model).runner,self.layers = None,[]
         if self.runner: self.runner.close()
         self.runner = None

@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, detuplify, get_model, no_random,
-                           noop, to_detach)
+                           noop, to_detach, to_device)
 from fastai.callback.all import MixHandler, TrackerCallback, LRFinder
 from .cache import CachedNet, WatchCache
 from .core import UserError, unknown
@@ -211,6 +211,7 @@ def _first_batch(dls, with_targets):
     with no_random(): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     if rng is not None: dl.rng = rng
     if generator is not None: generator.set_state(state)
+    if device := getattr(dls, 'device', None): batch = to_device(batch, device)
     def plain(o): return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
     xb,yb = split_batch(mapped(plain, batch), getattr(dls, 'n_inp', None))
     return ((*xb, Targets(yb)) if with_targets else xb),yb
@@ -438,7 +439,7 @@ def _refreeze(self:DistillLearner, what, names):
 @patch
 def _component_attr_filter(self:DistillLearner, k):
     names = getattr(vars(self).get('model'), 'names', ())
-    return super(DistillLearner, self)._component_attr_filter(k) and k not in names
+    return super(DistillLearner, self)._component_attr_filter(k) and k not in (*names, 'runner')
 
 # %% ../nbs/learning/04_learner.ipynb #b973085d
 IN_THE_LOOP = ('before_batch after_pred after_loss before_backward after_backward before_step after_step '
@@ -475,17 +476,19 @@ def _do_epoch_train(self:DistillLearner):
 def to_detach(self:DistillLearner, b, cpu=True, gather=False): return to_detach(b, cpu, gather=False)
 
 # %% ../nbs/learning/04_learner.ipynb #64ecbd21
+def _on_cuda(learn): return next(learn.model.parameters()).device.type=='cuda'
+
 @patch
 def to_fp16(self:DistillLearner, **kwargs):
     "Mixed precision with float16 on CUDA; elsewhere a warning and nothing else"
-    if torch.cuda.is_available(): return self.add_cb(GPUMixedPrecision(**kwargs))
+    if _on_cuda(self): return self.add_cb(GPUMixedPrecision(**kwargs))
     warnings.warn("to_fp16 does nothing here: mixed precision with float16 needs CUDA")
     return self
 
 @patch
 def to_bf16(self:DistillLearner):
     "Mixed precision with bfloat16 on CUDA or on a CPU with instructions for it; elsewhere a warning and nothing else"
-    if torch.cuda.is_available(): return self.add_cb(GPUMixedPrecision('bf16'))
+    if _on_cuda(self): return self.add_cb(GPUMixedPrecision('bf16'))
     if has_bf16(): return self.add_cb(CPUBfloat16())
     warnings.warn("to_bf16 does nothing here: this CPU has no instructions for bfloat16, and there is no CUDA")
     return self

@@ -40,6 +40,7 @@ class Term:
         if not callable(weight) and not isinstance(weight, Real):
             raise UserError(f"a term's weight is a number or a function of progress, not {weight!r}")
         self.fn,self.addresses,self.weight,self.named = fn,addresses,weight,name is not None
+        self.where = '' # It was written, if in a file: for messages
         self.name = name or '_'.join([fn_name(fn), *(a.partition('.')[0] for a in addresses)])
         self.targets,self.projector = _positions(targets, self.name),projector
         self.inputs = _checked_inputs(named, fn, self.name)
@@ -233,22 +234,37 @@ def connect(self:Terms,
 )->dict: # What the networks gave in evaluation mode
     "Try all terms on one batch: tap, project, and fail now on what would fail later"
     self._check_that_somebody_learns()
+    self.nets.brief = set()
     everywhere = [a for t in self.terms for a in [*t.addresses, *t.inputs.values()]]
     self.nets.keeps_batch = self.nets.keeps_batch or any(map(self.is_of_batch, everywhere))
     with dry_run(self.nets):
         outs = _answers(self.nets.train(), xb)
-        for a in everywhere:
-            if not self.is_of_batch(a): self.nets.tap(a, outs)
+        for t in self.terms:
+            with _placed(t):
+                for a in [*t.addresses, *t.inputs.values()]:
+                    if not self.is_of_batch(a): self.nets.tap(a, outs)
         if self.nets.tapped: outs = self.nets(*xb)
     self.connected,self.y_int = True,_are_classes(yb)
-    for t in self.terms: self._bridge(t, outs, yb)
+    for t in self.terms:
+        with _placed(t): self._bridge(t, outs, yb)
     with dry_run(self.nets):
-        for t in self.terms: self._try(t, outs, yb)
+        for t in self.terms:
+            with _placed(t): self._try(t, outs, yb)
         outs = _answers(self.nets.eval(), xb)
         self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not self._all_there(t, outs, yb)}
+    self.nets.brief = self._read_in_use()
     return outs
 
 def _are_classes(yb): return bool(yb) and all(isinstance(y, Tensor) and not y.is_floating_point() for y in yb)
+
+# %% ../nbs/learning/03_terms.ipynb #5765d33f
+@contextmanager
+def _placed(t):
+    "What is wrong with a term is said with the place where it was written"
+    try: yield
+    except UserError as e:
+        if t.where: e.message = f'{t.where}: {e.message}'
+        raise
 
 @patch
 def _check_that_somebody_learns(self:Terms):
@@ -259,6 +275,14 @@ def _check_that_somebody_learns(self:Terms):
     raise UserError(f"all terms are about frozen nets ({frozen}), so nothing would learn")
 
 # %% ../nbs/learning/03_terms.ipynb #487abb07
+@patch
+def _read_in_use(self:Terms):
+    "Frozen networks of which the terms read only what they give in use"
+    readers = [(a, i>0 and _mark(t.fn, 'teacher_in_use')) for t in self.terms for i,a in enumerate(t.addresses)]
+    readers += [(a, False) for t in self.terms for a in t.inputs.values()]
+    wanted = {a.partition('.')[0] for a,promised in readers if not promised}
+    return ({a.partition('.')[0] for a,_ in readers} & self.nets.frozen) - wanted
+
 @patch
 def _all_there(self:Terms, t, outs, yb):
     "Are there outputs at all of a term's addresses?"

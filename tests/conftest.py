@@ -7,6 +7,23 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import pytest, torch
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', choices=['cpu','cuda'], default='cpu', help='where to test: on the CPU, as if there were no GPU (default), or on a GPU, where the library then computes whatever is not told otherwise')
+
+def pytest_configure(config):
+    if config.getoption('device')=='cpu': os.environ['CUDA_VISIBLE_DEVICES'] = os.environ['HIP_VISIBLE_DEVICES'] = '-1' # For the processes that tests start, too
+    elif not torch.cuda.is_available(): raise pytest.UsageError(f'--device cuda: PyTorch {torch.__version__} sees no GPU')
+
+
+@pytest.fixture(scope='module')
+def gpu(request):
+    "A GPU: with --device cuda the real one, else one that is pretended. For as long as tests of this module run"
+    from pretend_gpu import pretend_gpu
+    if request.config.getoption('device')=='cuda': yield torch.cuda.get_device_name()
+    else:
+        with pretend_gpu(): yield torch.cuda.get_device_name()
+
+
 @pytest.fixture
 def fake_cuda():
     "Tensors may pretend to be on a GPU without one; torch 2.6 asks for the driver all the same, and the test is skipped"

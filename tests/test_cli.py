@@ -80,7 +80,7 @@ def test_files(tiny):
 
 def test_summary_of_a_run(tiny):
     got = json.loads((tiny[0]/'summary.json').read_text())
-    assert set(got)=={'networks','best','seconds','samples','machine'} and list(got['networks'])==NETS
+    assert set(got)=={'networks','best','seconds','samples','given','machine'} and list(got['networks'])==NETS
     for net,row in got['networks'].items():
         assert set(row)=={'parameters','ms_per_image','frozen','weights',*SETS} and row['frozen']==(net=='Teacher')
         assert all(set(row[s])=={'acc','norm_edit_dis'} for s in SETS)

@@ -124,10 +124,10 @@ def test_find():
     kinds = Registry('widget', nn.Module, Linear=nn.Linear)
     assert kinds.find('Linear', spot())==nn.Linear and kinds.find('torch.nn.Conv2d', spot())==nn.Conv2d
     assert 'P.name: no widget \'Linaer\'; did you mean \'Linear\'?' in said(lambda: kinds.find('Linaer', spot(), 'name'))
-    assert 'P.name: no widget \'nowhere.Linear\'' in said(lambda: kinds.find('nowhere.Linear', spot(), 'name'))
+    assert 'P.name: nowhere.Linear is code outside of distillbook' in said(lambda: kinds.find('nowhere.Linear', spot(), 'name'))
     assert "P.name: no class or function in torch.nn 'Linaer'; did you mean 'Linear'" in said(lambda: kinds.find('torch.nn.Linaer', spot(), 'name'))
-    assert 'P.name: collections.OrderedDict is no class made from torch.nn' in said(lambda: kinds.find('collections.OrderedDict', spot(), 'name'))
-    assert 'no class and no function' in said(lambda: Registry('thing').find('os.sep', spot(), 'name'))
+    assert 'P.name: torch.nn.functional.relu is no class made from torch.nn' in said(lambda: kinds.find('torch.nn.functional.relu', spot(), 'name'))
+    assert "no thing 'os.sep': os is a module of Python's own" in said(lambda: Registry('thing').find('os.sep', spot(), 'name'))
     assert 'P.name' in said(lambda: kinds.find('..', spot(), 'name'))
     for odd in (None, 5, [], '', '.', 'a..b', '..', '.a', 'a.', 'os.', {}): assert 'P.name' in said(lambda: kinds.find(odd, spot(), 'name'))
 
@@ -135,6 +135,7 @@ def test_find():
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, text, says):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path/'own_but_broken.py').write_text(text)
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', {'own_but_broken'})
     m = said(lambda: Registry('thing').find('own_but_broken.Thing', spot(), 'name'))
     assert m.startswith("P.name: no thing 'own_but_broken.Thing'") and says in m
 

@@ -36,7 +36,7 @@ def test_label_without_its_own_sample_changed():
     assert list(s)==['label']
 
 @pytest.mark.parametrize('text,message', [
-    ('', 'not JSON'), ('sale', 'not JSON'), ('[{"transcription": "a"', 'not JSON'), ('['*100000, 'not JSON'), ('[]', 'no words'), ('{}', 'not a list'), ('3', 'not a list'), ('null', 'not a list'),
+    ('', 'not JSON'), ('sale', 'not JSON'), ('[{"transcription": "a"', 'not JSON'), ('['*100000, 'not JSON'), ('{}', 'not a list'), ('3', 'not a list'), ('null', 'not a list'),
     ('[3]', 'word 1 is not a dict'), ('[null]', 'word 1 is not a dict'), (json.dumps([word(), dict(transcription='a')]), "word 2 has no 'points'"), (json.dumps([dict(points=BOX)]), "word 1 has no 'transcription'"),
     (json.dumps([word(3)]), 'transcription is not text: 3'), (json.dumps([word(None)]), 'transcription is not text')])
 def test_labels_that_will_not_do(text, message):
@@ -197,11 +197,11 @@ def test_evaluation_batches_of_different_sizes(tmp_path, folder):
 def test_broken_labels_are_named_and_replaced(folder, tmp_path):
     good = (folder/'label.txt').read_text().splitlines()[0]
     picture = good.split('\t')[0]
-    (tmp_path/'label.txt').write_text(f'{good}\n{picture}\t[]\n{picture}\t[{{"points": [[1,2]]}}]\n{picture}\tnothing\n')
+    (tmp_path/'label.txt').write_text(f'{good}\n{picture}\t{{}}\n{picture}\t[{{"points": [[1,2]]}}]\n{picture}\tnothing\n')
     lines = SampleSet(label_files(tmp_path/'label.txt', folder), train_ops(), TRAIN_KEYS, seed=1)
     assert len([lines[i] for i in range(4)])==4
     said = ' '.join(lines.faults)
-    for o in ('the label has no words', "word 1 has no 'transcription'", 'the label is not JSON', 'label.txt:3'): assert o in said
+    for o in ('the label is not a list of words', "word 1 has no 'transcription'", 'the label is not JSON', 'label.txt:3'): assert o in said
 
 
 # PaddleOCR's lists of operations

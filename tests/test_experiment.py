@@ -64,7 +64,7 @@ def test_the_best_state_is_loaded(run):
 def test_summary(run):
     exp,learn,folder = run
     got = json.loads((folder/'summary.json').read_text())
-    assert got==json.loads(json.dumps(learn.summary)) and set(got)=={'networks','best','seconds','samples','machine'}
+    assert got==json.loads(json.dumps(learn.summary)) and set(got)=={'networks','best','seconds','samples','given','machine'}
     assert got['samples']==dict(train=72, near=20, far=12) and set(got['seconds'])=={'data','train','evaluate','pictures'}
     assert set(got['networks']['Student'])=={'parameters','ms_per_image','frozen','weights','near','far'} and got['networks']['Teacher']['parameters']==sum(p.numel() for p in exp.nets['Teacher'].parameters())
     assert got['networks']['Student']['near']['acc']==got['best']['value'] and got['best']['indicator']=='acc' and set(got['machine'])=={'device','threads','torch','distillbook'}
@@ -117,6 +117,27 @@ def test_a_finished_run_is_finished_again(run, tmp_path):
 def test_going_on_elsewhere(run, tmp_path):
     learn = train(experiment(tmp_path, epochs=4, resume=run[2]/'latest.pth'))
     assert [r['step'] for r in numbers(tmp_path)][-3:]==[28,32,36] and numbers(tmp_path)[:7]==numbers(run[2])
+
+def test_a_state_at_step_0(tmp_path):
+    "Networks that are spoilt by training: the state that they began with is the best one, in every file, also after a restart"
+    learned = train(experiment(tmp_path/'good', nets=dict(Student=net(32)), epochs=10)).net('Student').state_dict()
+    learned = {f'Student.{k}': v.clone() for k,v in learned.items()}
+    def spoil(folder, **settings):
+        exp = experiment(folder, nets=dict(Student=net(32)), **{**dict(epochs=2, eval_first=True), **settings})
+        exp.nets.load_state_dict(learned)
+        exp.lr = 3.
+        return exp
+    spoilt = train(spoil(tmp_path))
+    rows,best = read_metrics(tmp_path/'metrics.csv'),load_file(tmp_path/'best_accuracy.pth')
+    assert [r['step'] for r in rows]==[0,4,8,12,16,18] and rows[0]['epoch']==0 and 'loss' not in rows[0] and all(r['loss']>0 for r in rows[1:])
+    assert rows[0]['acc']==load_file(tmp_path/'good/best_accuracy.pth')['metrics']['acc']>max(r['acc'] for r in rows[1:])
+    assert (best['step'],best['epoch'])==(0,-1) and all(torch.equal(v, best['model'][k]) for k,v in learned.items())
+    assert spoilt.summary['best']==dict(indicator='acc', value=rows[0]['acc'], epoch=0, step=0)
+    assert (tmp_path/'metrics.csv').read_text().splitlines()[0].startswith('step,epoch,loss,acc') and 'first metric, acc: ' in (tmp_path/'train.log').read_text()
+    train(spoil(tmp_path, epochs=3, resume=tmp_path/'latest.pth'))
+    again = read_metrics(tmp_path/'metrics.csv')
+    assert again[:6]==rows and [r['step'] for r in again[6:]]==[20,24,27] and load_file(tmp_path/'best_accuracy.pth')['step']==0
+    assert (tmp_path/'metrics.csv').read_text().splitlines()[0].startswith('step,epoch,loss,acc')
 
 def test_a_frozen_teacher(tmp_path):
     "Is in no checkpoint, and another one in its place is noticed"

@@ -1,10 +1,18 @@
-"Classes re-mapped character by character, and a threshold branch grown again"
-import copy
+"A released reader on a few lines, the case of labels, classes re-mapped character by character, and a threshold branch grown again"
+import copy, logging
 import pytest, torch
 from torch import nn
 from distillbook.core import UserError
-from distillbook.det.nets import plain_det, ppocrv3_det
-from distillbook.use.finetune import new_threshold, remap_classes
+from distillbook.det.nets import ppocrv3_det
+from distillbook.checkpoint import load_file
+from distillbook.config import load_config
+from distillbook.config.assembly import experiment
+from distillbook.layers import FixedBatchNorm2d, conv_bn, keep_statistics
+from distillbook.nets import Nets
+from distillbook.rec.worn import WEAR, write_worn_lines
+from distillbook.use.finetune import Between, case_as_read, case_differs, new_threshold, remap_classes
+from distillbook.use.teachers import load_teacher
+from distillbook.use.training import read_metrics, train
 from distillbook.rec.labels import Alphabet, SARClasses
 from distillbook.rec.nets import PlainStudent, ppocrv3_rec
 from small_nets import small_rec
@@ -69,3 +77,70 @@ def test_threshold():
     maps = new.train()(torch.randn(2,3,64,64))['maps']
     maps.sum().backward()
     assert maps.shape==(2,3,64,64) and new.head.thresh.conv1.weight.grad.abs().sum()>0 and net.head.binarize.conv1.weight.grad is None
+
+# ---- a released reader on lines of one's own
+
+@pytest.mark.parametrize('label,read,want', [('TOTAL SALES RM', 'Tota1SalesRM', 'Total Sales RM'), ('TOTAL', 'TOTAL', 'TOTAL'), ('TOTAL', '', 'TOTAL'), ('', 'abc', ''), ('abc', 'ABC', 'ABC'), ('12.50', 'l2.5O', '12.50'), ('TAX(RM)', 'Tax(RM)', 'Tax(RM)'), ('\u0130STANBUL', 'istanbul', '\u0130STANBUL'), ('STRASSE', 'Strasse', 'Strasse')])
+def test_case_as_read(label, read, want): assert case_as_read(label, read)==want
+
+def test_case_differs():
+    reads,labels = ['Total 5', 'CASH', 'Tota1', 'a b', 'Ab'],['TOTAL 5', 'CASH', 'TOTAL', 'AB', 'aB']
+    assert case_differs(reads, labels)==[('Total5', 'TOTAL5'), ('ab', 'AB'), ('Ab', 'aB')] and case_differs([], [])==[]
+    with pytest.raises(ValueError): case_differs(['a'], [])
+
+def test_statistics_stay():
+    net = keep_statistics(small_rec(A)).train()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    assert norms and all(type(m) is FixedBatchNorm2d and not m.training for m in norms) and net.training
+    opt = torch.optim.SGD(net.parameters(), lr=.1)
+    for _ in range(2): net.train()(torch.randn(2,3,48,64)+2, targets=[torch.ones(2,25).long(), torch.ones(2,25).long(), torch.ones(2).long(), torch.ones(2)])['head_out']['ctc'].square().sum().backward()
+    opt.step()
+    after = net.state_dict()
+    running = [k for k in after if 'running' in k or 'num_batches' in k]
+    assert all(torch.equal(after[k], before[k]) for k in running) and any(not torch.equal(after[k], before[k]) for k in after)
+    assert [k for k in before]==[k for k in small_rec(A).state_dict()] and type(copy.deepcopy(net).backbone.conv1._batch_norm) is FixedBatchNorm2d
+
+def test_the_preset(tmp_path, caplog):
+    "`configs/rec/finetune.yml` with nothing but data, and labels in capitals"
+    for part,n,seed in (('train',8,1), ('val',6,2)): write_worn_lines(tmp_path, part, n, 'folded', seed, upper=True)
+    data = [f'{side}.dataset.{k}' for side,part in (('Train','train'),('Eval','val')) for k in (f'data_dir={tmp_path}', f'label_file_list=[{tmp_path}/{part}.txt]')]
+    exp = experiment(load_config('rec/finetune', [*data, 'Global.epoch_num=1', 'Train.loader.batch_size_per_card=4', f'Global.save_model_dir={tmp_path}/run', 'Global.use_gpu=false']))
+    with caplog.at_level(logging.INFO): train(exp)
+    assert 'of 8 labels ' in caplog.text and 'in capitals throughout' in caplog.text
+    rows = read_metrics(tmp_path/'run/metrics.csv')
+    assert [r['step'] for r in rows]==[0,2] and (tmp_path/'run/best_accuracy.pth').exists()
+    released,now = load_teacher('PP-OCRv3_rec')[0].state_dict(),exp.nets['Model'].state_dict()
+    assert all(torch.equal(released[k], now[k]) for k in now if 'running' in k) and sum('running' in k for k in now)==2*sum(isinstance(m, FixedBatchNorm2d) for m in exp.nets['Model'].modules())>60
+    best,last = (load_file(tmp_path/f'run/{o}.pth') for o in ('best_accuracy','latest'))
+    assert best['step']==(2 if rows[1]['acc']>=rows[0]['acc'] else 0) and all(torch.equal(last['model'][f'Model.{k}'], released[k])==k.startswith('backbone') for k,p in exp.nets['Model'].named_parameters() if p.ndim>1)
+    for k,p in exp.nets['Model'].named_parameters():
+        want = (released[k]+last['model'][f'Model.{k}'])/2 if best['step'] else released[k]
+        assert torch.allclose(best['model'][f'Model.{k}'], want, atol=1e-6), k
+
+@pytest.mark.parametrize('wear', WEAR)
+def test_worn_lines(wear, tmp_path):
+    a,b = (write_worn_lines(tmp_path/o, 'x', 3, wear, 5, upper=o=='b') for o in 'ab')
+    assert b.read_text()==''.join(f"{p}\t{t.upper()}\n" for p,t in (l.split('\t') for l in a.read_text().splitlines()))
+    assert all((tmp_path/f'a/x/{i:04}.png').read_bytes()==(tmp_path/f'b/x/{i:04}.png').read_bytes() for i in range(3))
+
+def test_between():
+    net = small_rec(A).eval()
+    old = {k: v.clone() for k,v in net.state_dict().items()}
+    between = Between(net, .25)
+    with torch.no_grad():
+        for p in net.parameters(): p.add_(torch.randn_like(p))
+    now = {k: v.clone() for k,v in net.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), between():
+        inside = {k: v.clone() for k,v in net.state_dict().items()}
+        1/0
+    assert all(torch.allclose(inside[k], .75*old[k]+.25*now[k], atol=1e-6) for k in old if old[k].is_floating_point())
+    assert all(torch.equal(v, now[k]) for k,v in net.state_dict().items())
+    for share in (0, -1, 1.5):
+        with pytest.raises(UserError, match='above 0'): Between(net, share)
+
+def test_several_ranks_leave_fixed_norms_alone():
+    devices = pytest.importorskip('distillbook.devices')
+    nets = Nets(dict(kept=keep_statistics(conv_bn(3, 4)), other=conv_bn(3, 4)))
+    devices._sync_batchnorm(nets)
+    assert type(nets['kept'][1]) is FixedBatchNorm2d and isinstance(nets['other'][1], nn.SyncBatchNorm)

@@ -3,9 +3,9 @@ import copy, logging, pickle
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.basics import DataLoader, DataLoaders, OptimWrapper, set_seed
+from fastai.basics import DataLoader, DataLoaders, set_seed
 from distillbook import graphs
-from distillbook.graphs import Blocks, Graphed, Launches, QuickSteps, Runner, Tape, blocks, compile_blocks, record_net
+from distillbook.graphs import Launches, Runner, blocks, compile_blocks, record_net
 from distillbook.layers import conv_bn
 from distillbook.learner import distill_learner
 from distillbook.losses import distance, kd
@@ -61,7 +61,7 @@ def test_shapes():
 
 def test_compiled():
     runner = Runner(record_net, compiled=partial(compile_blocks, backend='aot_eager'))
-    (a,was),(b,now) = steps(None, n=8),steps(runner, n=8)
+    (a,_),(b,now) = steps(None, n=8),steps(runner, n=8)
     assert a==pytest.approx(b, rel=1e-5) and runner.gave_up is None
     assert len(runner.blocks.parts)==2 # Two of the four are tapped
     runner.close()
@@ -210,3 +210,47 @@ def test_losses_in_float32():
         got = [ctc_loss(x, y, n), Walks.apply(x.float(), y, n).mean(), sar_loss(x, sar, 11)]
     right = [ctc_loss(x.float(), y, n), ctc_loss(x.float(), y, n), sar_loss(x.float(), sar, 11)]
     for a,b in zip(got, right): assert a.dtype==torch.float32 and torch.allclose(a, b, rtol=1e-6)
+
+def test_brief_teacher():
+    "A teacher of whom terms read one map is asked for one; the losses are the same, also when another term wants all"
+    from distillbook.det.losses import db_loss, dila_db, dml_maps
+    set_seed(0)
+    nets = Nets(dict(Student=small_det(), Teacher=small_det()), frozen=['Teacher']).train()
+    x,y = torch.randn(2,3,64,64),[(torch.rand(2,64,64)>.5).float() for _ in range(4)]
+    own = [Term(dila_db, 'Student.maps', 'Teacher.maps', targets=[3]), Term(db_loss, 'Student.maps')]
+    terms = Terms(nets, own)
+    before = terms(nets(x), *y)
+    nets.train()
+    terms.connect((x,), y)
+    assert nets.brief=={'Teacher'} and nets.train()(x)['Teacher']['maps'].shape==(2,1,64,64)
+    set_seed(0)
+    again = Nets(dict(Student=small_det(), Teacher=small_det()), frozen=['Teacher']).train()
+    terms = Terms(again, own)
+    terms.connect((x,), y)
+    assert torch.equal(terms(again.train()(x), *y), before)
+    more = Terms(again, [*own, Term(dml_maps, 'Student.maps', 'Teacher.maps')])
+    more.connect((x,), y)
+    assert again.brief==set() and again.train()(x)['Teacher']['maps'].shape==(2,3,64,64)
+    again.brief = {'Teacher'}
+    again.unfreeze('Teacher')
+    assert again(x)['Teacher']['maps'].shape==(2,3,64,64)
+
+def wide_net(): return nn.Sequential(nn.Conv2d(1, 4, 1), conv_bn(4, 4, 5, groups=4), conv_bn(4, 4, 5, (2,1), groups=4), conv_bn(4, 4, 5, (1,2), groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_wide_depthwise(bf16):
+    "In a fit on a CPU wide depthwise convolutions get their gradients by pairs; 20 steps end at the same weights, and the layers are as they were"
+    from distillbook.depthwise import Depthwise
+    from distillbook.precision import CPUBfloat16
+    learned,kinds = [],[]
+    for compile in (False, None):
+        set_seed(0)
+        data = DataLoaders(*[DataLoader([(torch.randn(1,8,8), i%5) for i in range(n)], bs=8) for n in (80,8)])
+        learn = distill_learner(data, dict(A=wide_net().to(memory_format=torch.channels_last)), [Term(F.cross_entropy, 'A')], compile=compile, cbs=CPUBfloat16() if bf16 else None)
+        seen = set()
+        learn.net('A')[1]._conv.register_forward_hook(lambda m,*_: seen.add(type(m)))
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+        learned.append(torch.cat([p.flatten() for p in learn.model.parameters()]))
+        kinds.append((Depthwise in seen, {type(m) for m in learn.model.modules()} & {Depthwise}))
+    assert kinds==[(False, set()), (True, set())]
+    assert torch.allclose(*learned, atol=2e-2 if bf16 else 1e-5)

@@ -154,7 +154,8 @@ def test_tied_weights_between_nets():
 
 def test_data_parallel():
     plain,wrapped = learner(metrics=accuracy),learner(metrics=accuracy)
-    wrapped.model = nn.DataParallel(wrapped.model)
+    wrapped.model = nn.DataParallel(wrapped.model, [0] if torch.cuda.is_available() else None)
+    plain.model.to(next(wrapped.model.parameters()).device) # To a GPU, if there is one
     for l in (plain, wrapped):
         set_seed(1)
         l.fit(2, 1e-2)

@@ -10,7 +10,11 @@ from distillbook.nets import Nets, Projector, addresses, look_up
 
 torch.set_num_threads(1)
 ODD = ['type', 'keys', 'items', 'values', 'training', 'forward', 'names', 'frozen', 'taps', 'tapped', 'train', 'eval', 'freeze', 'find', 'project',
-       'two words', 'Lehrer-Netz', '1', 'größer', 'a/b', 'self', 'x', 'model', 'parameters', 'pop']
+       'two words', 'Lehrer-Netz', '1', 'größer', 'a+b', 'self', 'x', 'model', 'parameters', 'pop']
+
+@pytest.mark.parametrize('name', ['a/b', '/abs/x', '..', 'a\\b', '[/red]', '[bold]', '<b>', 'a\x1b[31m', 'a\nb', 'a\tb', '\u202ea', ' a', 'a ', '', 'a`b', 'a|b', 'a*', 'a:b', 'x'*101, None, 5, '_a', 'a.b'])
+def test_names_that_would_be_a_path_or_markup(name):
+    with pytest.raises(UserError, match='a name is text of letters'): Nets({name: mlp()})
 
 def mlp(h=6, drop=0.5): return nn.Sequential(nn.Linear(4,h), nn.BatchNorm1d(h), nn.ReLU(), nn.Dropout(drop), nn.Linear(h,3))
 def state(m): return {k: v.clone() for k,v in m.state_dict().items()}

@@ -3,6 +3,7 @@ import json, os, re, subprocess, sys
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from distillbook.checkpoint import load_file
+from distillbook.core import UserError
 from test_cli import CMD, ENV, fails, inside
 
 MINE = '''
@@ -149,7 +150,14 @@ def mine(tmp_path_factory):
     (folder/'bin/distillbook').write_text('from distillbook.cli import app\nif __name__=="__main__": app(prog_name="distillbook")\n')
     return folder
 
-def command(folder, *args): return subprocess.run([sys.executable, str(folder/'bin/distillbook'), *map(str, args)], cwd=folder, capture_output=True, text=True, env=ENV, timeout=300)
+TRUST = ['--trust','mine_parts']
+
+@pytest.fixture(autouse=True)
+def nothing_trusted(monkeypatch):
+    "What a command in this process trusts, the next does not"
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', set())
+
+def command(folder, *args, trust=TRUST): return subprocess.run([sys.executable, str(folder/'bin/distillbook'), *map(str, args), *trust], cwd=folder, capture_output=True, text=True, env=ENV, timeout=300)
 
 @pytest.fixture(scope='module')
 def run(mine):
@@ -175,7 +183,8 @@ def test_everything_learns(run):
     before = subprocess.run([sys.executable, '-c', '''
 import sys, torch
 from fastai.basics import set_seed
-from distillbook.config import build_model, load_config
+from distillbook.config import build_model, load_config, trust
+trust('mine_parts')
 set_seed(1024)
 torch.save(build_model(load_config('mine.yml')).state_dict(), 'before.pth')'''], cwd=run[0], env=ENV, capture_output=True, text=True)
     assert before.returncode==0, before.stderr
@@ -204,10 +213,58 @@ def test_a_run_with_them_goes_on(run):
     assert all(torch.equal(v, b[k]) for k,v in a.items())
 
 
+# %% a configuration is data
+STRANGER = 'open("was_here", "w")\nfrom os import system, popen\nfrom subprocess import Popen\nfrom mine_parts import *\n'
+COMMANDS = dict(train=[], eval=[], summary=[], predict=['bar.png'], **{'lr-find': ['--steps', '10']})
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_nothing_runs_that_nobody_trusts(run, name, monkeypatch):
+    "Neither the module of the configuration nor a command of the system, in any command"
+    folder = run[0]
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    (folder/'stranger.py').write_text(STRANGER)
+    cv2.imwrite('bar.png', np.full((48,80,3), 255, np.uint8))
+    last = ['Global.pretrained_model=run/best_accuracy'] if name in ('eval','predict') else []
+    changes = ['PostProcess.name=stranger.Upper', 'Train.dataset.transforms.0={os.system: {command: touch was_here}}', 'Eval.dataset.transforms.0={os.system: {command: touch was_here}}', 'Eval.dataset.transforms.0={subprocess.Popen: {args: [touch, was_here]}}', 'Train.dataset.name=stranger.Bars', f'{NET}Backbone.name=stranger.Columns']
+    (folder/'was_here').unlink(missing_ok=True)
+    for change in changes:
+        side = change.split('.')[0]
+        if name in ('eval','predict','summary') and side=='Train': continue
+        if name=='summary' and side in ('Eval','PostProcess'): continue
+        r = inside(name, *COMMANDS[name], '-c', 'mine.yml', *TRUST, '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', *last, change)
+        fails(r, 'stranger' if 'stranger' in change else "a module of Python's own", after_log=True)
+        assert not (folder/'was_here').exists(), change
+
+@pytest.mark.parametrize('change,says', [('Train.dataset.transforms.0={stranger.system: {command: touch was_run}}', 'stranger.system is no class and no function'), ('Train.dataset.transforms.0={stranger.popen: {cmd: touch was_run}}', 'stranger.popen is os.popen, and os is not trusted'),
+    ('Train.dataset.transforms.0={stranger.Popen: {args: [touch, was_run]}}', 'stranger.Popen is subprocess.Popen'), ('Loss.loss_config_list.1.Term.loss=stranger.popen', 'stranger.popen is os.popen'), ('Train.dataset.transforms.0={mine_parts.amount: {}}', 'mine_parts.amount is no operation'), ('Train.dataset.name=mine_parts.Upper', 'mine_parts.Upper is no dataset'), ('PostProcess.name=mine_parts.amount', 'mine_parts.amount is no decoder'), ('Metric.base_metric_name=mine_parts.Noise', 'mine_parts.Noise is no metric'), ('Optimizer.lr.name=mine_parts.amount', 'mine_parts.amount is no schedule'), ('Loss.loss_config_list.1.Term.loss=mine_parts.Noise', 'mine_parts.Noise is no loss'),
+    ('Train.dataset.transforms.0={distillbook.use.weights.save_weights: {path: was_run}}', 'distillbook.use.weights.save_weights is no operation'), ('Train.dataset.transforms.0={distillbook.data.shards.write_shards: {folder: was_run}}', 'is no operation')])
+def test_what_is_trusted_may_still_be_in_the_wrong_place(mine, monkeypatch, change, says):
+    monkeypatch.chdir(mine)
+    monkeypatch.syspath_prepend(mine)
+    (mine/'stranger.py').write_text(STRANGER)
+    fails(inside('train', '-c', 'mine.yml', *TRUST, '--trust', 'stranger', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', change), says, after_log=True)
+    assert not (mine/'was_run').exists()
+
+@pytest.mark.parametrize('module,says', [('os', "Python's own"), ('os.path', "Python's own"), ('my module', 'the name of a module'), ('../mine', 'the name of a module'), ('', 'the name of a module')])
+def test_what_cannot_be_trusted(module, says): fails(inside('train', '-c', 'mine.yml', '--trust', module), says)
+
+def test_a_function_is_marked(mine, monkeypatch):
+    monkeypatch.syspath_prepend(mine)
+    (mine/'marked.py').write_text("from distillbook.config import made_for\n@made_for('operation')\ndef nothing(): return lambda sample, rng: sample\ndef unmarked(): return lambda sample, rng: sample\n")
+    from distillbook.config import trust
+    from distillbook.config.registry import METRICS, OPERATIONS
+    from distillbook.config.values import Section
+    trust('marked')
+    assert OPERATIONS.find('marked.nothing', Section({}))()(5, None)==5
+    for table,name in ((OPERATIONS, 'unmarked'), (METRICS, 'nothing')):
+        with pytest.raises(UserError, match='made_for'): table.find(f'marked.{name}', Section({}))
+
+
 NET = 'Architecture.Models.Student.'
 MISTAKES = [ # A change, and what is said of it
     (f'{NET}Backbone.name=mine_parts.Column', ['mine.yml:8', f'{NET}Backbone.name', "'Columns'"]),
-    (f'{NET}Backbone.name=mine_part.Columns', [f'{NET}Backbone.name', 'mine_part']),
+    (f'{NET}Backbone.name=mine_part.Columns', [f'{NET}Backbone.name', 'mine_part.Columns is code outside of distillbook', '--trust mine_part']),
     (f'{NET}Backbone.name=mine_parts.number', [f'{NET}Backbone.name', 'mine_parts.number is no class']),
     (f'{NET}Backbone.name=mine_parts.Upper', ['mine_parts.Upper is no class made from torch.nn']),
     (f'{NET}Backbone.name=mine_parts.Silent', [f'{NET}Backbone', '']),
@@ -248,7 +305,7 @@ MISTAKES = [ # A change, and what is said of it
 def test_mistakes(mine, monkeypatch, change, says):
     monkeypatch.chdir(mine)
     monkeypatch.syspath_prepend(mine)
-    fails(inside('train', '-c', 'mine.yml', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', change), *says, after_log=True)
+    fails(inside('train', '-c', 'mine.yml', *TRUST, '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', change), *says, after_log=True)
     assert not (mine/'never/latest.pth').exists()
 
 FAULTY = dict( # A part that fails when it is used, put in the place of another
@@ -266,7 +323,7 @@ def test_parts_that_fail_when_used(kind, mine, monkeypatch):
     (mine/f'{module}.py').write_text(f'from mine_parts import *\n{code}\n')
     monkeypatch.chdir(mine)
     monkeypatch.syspath_prepend(mine)
-    fails(inside('train', '-c', 'mine.yml', '-o', f'Global.save_model_dir=never', 'Train.loader.num_workers=0', f'{spot}={module}.{name}'), says, after_log=True)
+    fails(inside('train', '-c', 'mine.yml', *TRUST, '--trust', module, '-o', f'Global.save_model_dir=never', 'Train.loader.num_workers=0', f'{spot}={module}.{name}'), says, after_log=True)
     assert not (mine/'never/latest.pth').exists()
 
 def test_an_error_inside_an_own_operation_is_its_own(mine, monkeypatch):
@@ -274,12 +331,12 @@ def test_an_error_inside_an_own_operation_is_its_own(mine, monkeypatch):
     (mine/'faulty_operation.py').write_text('from mine_parts import *\nclass Noise2(Noise):\n    def __call__(self, sample, rng): return sample["nothing"]\n')
     monkeypatch.chdir(mine)
     monkeypatch.syspath_prepend(mine)
-    with pytest.raises(KeyError, match='nothing'): inside('train', '-c', 'mine.yml', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', 'Train.dataset.transforms.0={faulty_operation.Noise2: {}}')
+    with pytest.raises(KeyError, match='nothing'): inside('train', '-c', 'mine.yml', *TRUST, '--trust', 'faulty_operation', '-o', 'Global.save_model_dir=never', 'Train.loader.num_workers=0', 'Train.dataset.transforms.0={faulty_operation.Noise2: {}}')
 
 def test_own_modules_do_not_hide_installed_ones(tmp_path):
     "A file called random.py beside a configuration is nobody's random numbers"
     (tmp_path/'random.py').write_text('raise SystemExit("hidden")')
     (tmp_path/'bin').mkdir()
     (tmp_path/'bin/distillbook').write_text('from distillbook.cli import app\napp(prog_name="distillbook")\n')
-    r = command(tmp_path, 'summary', '-c', 'quickstart', '--json')
+    r = command(tmp_path, 'summary', '-c', 'quickstart', '--json', trust=['--trust','mine'])
     assert r.returncode==0 and json.loads(r.stdout)['nets'], r.stderr

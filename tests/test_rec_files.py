@@ -5,7 +5,7 @@ from distillbook.core import UserError
 from distillbook.data import loader
 from distillbook.rec.render import fit_line
 from distillbook.config.data import make_operations
-from distillbook.config.registry import OPERATIONS
+from distillbook.config.registry import OPERATIONS, made_for
 from distillbook.rec.operations import RecResizeImg
 from distillbook.data.lists import label_files, line_table, lmdb_lines
 from distillbook.data.loader import SampleDL, collate, sample_dls
@@ -249,7 +249,11 @@ class Mine:
     def __init__(self, gain, epoch_num=0): self.gain,self.epoch_num = gain,epoch_num
     def __call__(self, sample, rng): return None if sample['label']=='none' else sample
 
+@made_for('operation')
 def hungry(**kwargs): return kwargs
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch): monkeypatch.setattr('distillbook.config.registry.TRUSTED', {__name__})
 
 def test_make_operations():
     ops,keys = make_operations(TRAIN, GLOBAL)
@@ -278,7 +282,7 @@ def test_make_operations_says_what_has_no_effect(caplog):
     ([dict(RecAug=dict(tia_prb=1))], r".0.RecAug.tia_prb: no setting 'tia_prb'; did you mean 'tia_prob'"), ([dict(RecAug=dict(tia_prob='often'))], r".0.RecAug.tia_prob: a number is wanted, not 'often'"), ([dict(RecResizeImg=None)], r'.0.RecResizeImg: .*needs image_shape'),
     ([dict(RecResizeImg=dict(image_shape=5))], r'.0.RecResizeImg.image_shape: a list is wanted, not 5'), ([dict(RecResizeImg=dict(image_shape=[48,320]))], r'.0.RecResizeImg: image_shape: .*not \[48, 320\]'),
     ([dict(DecodeImage=dict(img_mode='GBR'))], r".0.DecodeImage: no img_mode 'GBR'"), ([TRAIN[2]], ': the last operation is KeepKeys'), ([], ': the last operation is KeepKeys'),
-    ([dict(KeepKeys=dict(keep_keys=['length', 'image']))], ": keep_keys begins with 'image'"), ([dict(KeepKeys=None)], '.0.KeepKeys: .*needs keep_keys'), ([{'no.such.Op': None}], r".0.no.such.Op: no operation 'no.such.Op': No module named 'no'"),
+    ([dict(KeepKeys=dict(keep_keys=['length', 'image']))], ": keep_keys begins with 'image'"), ([dict(KeepKeys=None)], '.0.KeepKeys: .*needs keep_keys'), ([{'no.such.Op': None}], r".0.no.such.Op: no.such.Op is code outside of distillbook"),
     ([{f'{__name__}.Mime': None}], rf".0.{__name__}.Mime: no class or function in {__name__} 'Mime'; did you mean .*'Mine'"), ([{f'{__name__}.Mine': None}], rf'.0.{__name__}.Mine: .*needs gain'),
     ([{f'{__name__}.Mine': dict(gian=1)}], rf".0.{__name__}.Mine.gian: no setting 'gian'; did you mean 'gain'"), ([{f'{__name__}.KEYS': None}], rf'.0.{__name__}.KEYS: {__name__}.KEYS is no class and no function'),
     ([dict(CTCLabelEncode=dict(character_dict_path='no.txt'))], r'.0.CTCLabelEncode: no.txt: No such file')])

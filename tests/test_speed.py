@@ -1,5 +1,5 @@
 "What the benchmarks count: parts of a step, ratios, and that what they compare computes the same"
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -93,6 +93,13 @@ def test_gpu_without_one(tmp_path):
     assert all('LSTM' in o['error'] for o in rows['rec fp16']) # No float16 for LSTMs on a CPU
     assert [o['way'] for o in rows['rec bf16']]==['plain','recorded','recorded, a stream each'] and all(o['ms']>0 and 'error' not in o and 'fell_back' not in o for o in rows['rec bf16'])
     assert rows['learner rec bf16'][0]['ratio']>0 and rows['files rec bf16'][0]['samples_s']>0
+
+def test_triton_depthwise():
+    "The candidate's three kernels compute what PyTorch does, in Triton's interpreter: both layouts, strides, odd sizes"
+    pytest.importorskip('triton')
+    code = "from benchmarks.depthwise import check; print(max(check('cpu', cases=[(1,3,3,4,(3,3),(1,1)), (1,3,4,5,(5,5),(2,1))]), check('cpu', cases=[(1,3,3,4,(1,3),(1,2))])))"
+    r = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[1], env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
+    assert r.returncode==0 and float(r.stdout)<1e-5, r.stderr
 
 def test_gpu_jobs_that_break(monkeypatch):
     "A process that ends or hangs costs the job at which it was, and no other"

@@ -1,11 +1,11 @@
 "PP-OCRv4's recogniser: labels, texts, losses and whole steps against PaddleOCR's own numbers"
 import json, logging
 from pathlib import Path
-import numpy as np, pytest, torch
+import cv2, numpy as np, pytest, torch, yaml
 from fastai.basics import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config import build_decoder, build_loss, build_metric, build_model, build_optimizer, build_terms, load_config, lr_schedule
+from distillbook.config import build_decoder, build_loss, build_metric, build_model, build_optimizer, build_terms, experiment, load_config, lr_schedule
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
 from distillbook.rec.decode import NRTRDecoder, nrtr_decode
@@ -13,6 +13,15 @@ from distillbook.rec.labels import Alphabet, NRTRClasses, SARClasses, multi_labe
 from distillbook.rec.operations import MultiLabelEncode, NRTRLabelEncode
 from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
+from distillbook.config.networks import say_once
+from distillbook.data.render import font_files
+from distillbook.rec.nets import ppocrv4_rec
+from distillbook.rec.render import fit_line, make_words, render_word, render_words
+from distillbook.use.fused import load_fused, made_pictures
+from distillbook.use.released import TEACHERS, teacher_file
+from distillbook.use.teachers import load_teacher, onnx_session
+from distillbook.use.training import train
+from distillbook.use.weights import load_weights
 from weights_formula import fill4
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -233,3 +242,106 @@ def test_e2e_four_steps(optimizer):
     metric = build_metric(cfg)
     metric(dict(Student=(reads, truths)), batch)
     for k,v in metric.get_metric().items(): assert v==pytest.approx(meta['metric'][k], abs=1e-6)
+
+
+# %% configurations as they are published
+CONFIGS = Path(__file__).parents[1]/'configs'/'rec'
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+    d = tmp_path_factory.mktemp('words')
+    lines = render_words(make_words(8, 0), font_files('dejavu'), 0)
+    for i,(im,w) in enumerate(zip(lines.images, lines.widths)): cv2.imwrite(str(d/f'{i}.png'), im[:,:w])
+    (d/'lines.txt').write_text(''.join(f'{i}.png\t{w}\n' for i,w in enumerate(lines.words)))
+    return d
+
+TINY = dict(img_size=[48,64], embed_dim=[16,24,32], depth=[1,1,1], num_heads=[2,2,2], mixer=['Conv','Conv','Global'], out_char_num=40, out_channels=16)
+
+def as_published(words, out):
+    "ch_PP-OCRv4_rec_distillation.yml with all its faults, and small networks"
+    cfg = yaml.safe_load((CONFIGS/'ppocrv4_distillation.yml').read_text())
+    g = cfg['Global']
+    g.update(use_gpu=False, epoch_num=1, save_model_dir=str(out), character_dict_path=None, use_space_char=False, checkpoints='./output/rec_dkd_400w_svtr_ctc_lcnet_blank_dkd0.1/latest')
+    nets = cfg['Architecture']['Models']
+    nets['Teacher']['Backbone'].update(TINY, last_stage=False)
+    nets['Student']['Backbone']['scale'] = .0625
+    for net in nets.values():
+        ctc = net['Head'] = json.loads(json.dumps(net['Head']))
+        ctc['head_list'][0]['CTCHead']['Neck'].update(dims=8, depth=1, hidden_dims=16)
+        ctc['head_list'][1]['NRTRHead'].update(nrtr_dim=32, num_decoder_layers=1, max_text_length='LOST')
+    for side in ('Train','Eval'):
+        cfg[side]['dataset'] = dict(json.loads(json.dumps(cfg[side]['dataset'])), data_dir=str(words), label_file_list=[str(words/'lines.txt')])
+        cfg[side]['loader'].update(batch_size_per_card=4, num_workers=0)
+    shape = [3,48,64]
+    cfg['Eval']['dataset']['transforms'][-2]['RecResizeImg']['image_shape'] = shape
+    cfg['Train']['dataset']['transforms'] = [o for o in cfg['Train']['dataset']['transforms'] if 'RecResizeImg' not in o]
+    path = out/'published.yml'
+    path.write_text(yaml.dump(json.loads(json.dumps(cfg)), sort_keys=False).replace("max_text_length: LOST", "max_text_length: *max_text_length"))
+    return path
+
+def test_the_published_distillation_runs(words, tmp_path, caplog):
+    "A lost anchor, a teacher without its last stage, no resize, and a checkpoint that only the authors had: said once each, and an epoch is trained"
+    say_once.cache_clear()
+    with caplog.at_level(logging.INFO, 'distillbook'):
+        cfg = load_config(as_published(words, tmp_path))
+        exp = experiment(cfg)
+        train(exp)
+    said = [r.getMessage() for r in caplog.records]
+    for n,what in ((2,'*max_text_length has no anchor'), (1,'without its last stage SVTRNet gives tokens'), (1,'nothing brings the lines to one size'), (1,"a file that only PaddleOCR's authors had"),
+        (1,'freeze_params without pretrained: Teacher')):
+        assert sum(what in s for s in said)==n, what
+    assert [str(t.name) for t in exp.terms]==['dkd_0','loss_ctc_Student_0','loss_nrtr_Student_0','ctc_logits_0']
+    assert cfg['Architecture']['Models']['Student']['Head']['head_list'][1]['NRTRHead']['max_text_length']==25
+    assert (tmp_path/'latest.pth').exists() and json.loads((tmp_path/'summary.json').read_text())
+    assert not any(k.startswith('Teacher') for k in torch.load(tmp_path/'latest.pth', weights_only=True)['model'])
+
+def test_a_name_left_behind_is_not_a_typing_mistake(words, tmp_path):
+    path = as_published(words, tmp_path)
+    with pytest.raises(UserError, match='there is no output/mine/latest'): experiment(load_config(path, ['Global.checkpoints=output/mine/latest']))
+    with pytest.raises(UserError, match='there is no'): experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactored']))
+    assert experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactor'])).nets
+
+def test_weights_of_a_backbone_are_named_beside_it(words, tmp_path):
+    path,key = as_published(words, tmp_path),'Architecture.Models.Student.Backbone.pretrained'
+    with pytest.raises(UserError, match='beside the Backbone'): build_model(load_config(path, [f'{key}=weights.pdparams']))
+    assert build_model(load_config(path, [f'{key}=true']))
+
+
+# %% the released recogniser
+@pytest.fixture(scope='module')
+def released():
+    file = teacher_file('PP-OCRv4_rec')
+    rng = np.random.default_rng(3)
+    lines = [render_word(o, font_files('dejavu')[i%4], rng, noise=False) for i,o in enumerate(make_words(3, 5))]
+    x = torch.from_numpy(np.stack([fit_line(np.repeat(o[...,None], 3, 2), 48, 320) for o in lines]))
+    session = onnx_session(file)
+    return file,x,torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+@pytest.mark.parametrize('fused', [True,False])
+def test_the_released_recogniser_is_a_network_that_trains(released, fused):
+    "Fused and with branches: onnxruntime's answers, in training mode too where it was calibrated, and a loss that falls"
+    file,x,want = released
+    net = load_fused(ppocrv4_rec(fused=fused), file, pictures=x)
+    for m in net.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    with torch.no_grad():
+        assert (net.eval()(x).softmax(-1)-want).abs().max()<1e-4
+        assert fused or (net.train()(x).softmax(-1)-want).abs().max()<1e-2
+    opt,losses,other = torch.optim.Adam(net.parameters(), 1e-4),[],want.argmax(-1)+1 # the class behind the right one: something to learn
+    for _ in range(2):
+        losses.append(nn.functional.cross_entropy(net.train()(x).flatten(0,1), other.flatten()))
+        losses[-1].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.parameters())
+        opt.step()
+    assert losses[1]<losses[0]
+
+def test_released_weights_by_name(released, tmp_path, caplog):
+    file,x,want = released
+    assert TEACHERS['PP-OCRv4_rec'].trains
+    net,alphabet = load_teacher('PP-OCRv4_rec', return_all_feats=True)
+    with torch.no_grad(): out = net(x)
+    assert (out['head_out']['ctc'].softmax(-1)-want).abs().max()<1e-4 and out['backbone_out'].shape==(3,480,1,40) and len(alphabet)==6625
+    with pytest.raises(UserError, match=r'does not fit RecModel: linear_\d+.w_0 is \[6625, 120\] in the file'): load_weights(ppocrv4_rec(37, fused=True), file)
+    with caplog.at_level(logging.INFO, 'distillbook'): model = build_model(load_config(CONFIGS/'ppocrv4.yml'))
+    assert 'which has nothing for head.before_gtc, head.gtc_head' in caplog.text
+    with torch.no_grad(): assert (model.eval()(x)-want).abs().max()<1e-4

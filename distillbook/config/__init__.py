@@ -18,6 +18,7 @@ _names = dict(
     evaluation='build_decoder build_metric',
     data='build_dls build_dl build_set build_evals',
     optimizer='build_optimizer lr_schedule',
+    registry='trust made_for',
     assembly='experiment outline ready_networks build_learner',
     checker='refusals')
 HOMES = {home: names.split() for home,names in _names.items()}

@@ -23,7 +23,7 @@ from ..rec.operations import at_size
 # %% ../../nbs/config/05_data.ipynb #113e56a8
 from .networks import characters, dictionary, existing, say_once, task
 from .registry import DATASETS, OPERATIONS, SAMPLERS, SimpleDataSet, arguments, build, called
-from .registry import parameters, takes_anything, typed
+from .registry import name_of, parameters, takes_anything, typed
 from .values import Config, Section, Trying
 
 # %% ../../nbs/config/05_data.ipynb #2c8c815c
@@ -57,7 +57,7 @@ def _made(factory, section, values):
         if key not in takes: continue
         with section.blame(key): values[key] = typed(takes[key], values[key])
     missing = [k for k,p in takes.items() if p.default is p.empty and k not in values]
-    if missing: raise section.refuse(f"{factory.__name__} needs {', '.join(missing)}")
+    if missing: raise section.refuse(f"{name_of(factory)} needs {', '.join(missing)}")
     return called(factory, values, section)
 
 def build_operations(
@@ -145,7 +145,8 @@ def _with_resize(config, dataset):
     rows = dataset.get('transforms')
     if not isinstance(rows, list): return config
     keep = next((r['KeepKeys'] for r in rows if isinstance(r, dict) and 'KeepKeys' in r), None) or {}
-    wanted = 'valid_ratio' in (keep.get('keep_keys') or () if isinstance(keep, dict) else keep)
+    keys = keep.get('keep_keys') if isinstance(keep, dict) else keep
+    wanted = isinstance(keys, (list,tuple)) and 'valid_ratio' in keys
     known = all(isinstance(r, dict) and set(r) <= set(OPERATIONS) for r in rows)
     if not wanted or not known or any(map(_resizes, rows)) or dataset.get('name')=='MultiScaleDataSet': return config
     sides = eval_sides(config).values() if config.get('Eval') else ()
@@ -172,7 +173,9 @@ def build_set(
     dataset = Section(config).section(*side, 'dataset')
     seed = dataset.read('seed', int, Section(config).maybe('Global').read('seed', int, 1024, least=0), least=0)
     source = _source(config, dataset.path, seed)
-    operations,keep = build_operations(_with_resize(config, dataset), *dataset.path, 'transforms')
+    operations,keep = _operations_for(source, _with_resize(config, dataset), dataset, side)
+    for o in operations:
+        if hasattr(o, 'whole'): o.whole = side[0]!='Train' # Labels that are only measured against keep what was dropped
     joins = dataset.get('ext_op_transform_idx', _before_joining(dataset.get('name'), operations))
     folder = dataset.read('keep', str, None)
     with dataset.blame():
@@ -183,6 +186,18 @@ def _before_joining(name, operations):
     "Through how many operations others go before one that joins them: PaddleOCR's numbers, or all that stand before it"
     paddle = dict(SimpleDataSet=2, MultiScaleDataSet=2, TextDetDataset=2, LMDBDataSet=1)
     return paddle.get(name, next((i for i,o in enumerate(operations) if hasattr(o, 'ext_data_num')), 1))
+
+def _operations_for(source, config, dataset, side):
+    "The operations of a set and the names that they keep; without labels where there are none"
+    transforms = (*dataset.path, 'transforms')
+    if not getattr(source, 'unlabelled', False):
+        operations,keep = build_operations(config, *transforms)
+        for o in operations:
+            if hasattr(o, 'any_length'): o.any_length = side[0]!='Train'
+        return operations,keep
+    if side[0]!='Train': raise dataset.refuse("labels are wanted here: without them nothing can be measured", 'name')
+    keep = ['image', 'valid_ratio' if task(config)=='rec' else 'shape'] # fastai wants more than the picture
+    return build_operations(config, *transforms, keep=keep, skip=about_labels)
 
 # %% ../../nbs/config/05_data.ipynb #e0f4d67e
 LOADER_KEYS = ('shuffle','batch_size_per_card','drop_last','num_workers','buckets')

@@ -29,7 +29,10 @@ def decoder_of(
     section = Section(config).maybe('PostProcess')
     cls = _decoder_class(section)
     own = {k: v for k,v in section.values.items() if k not in (*POST_KEYS, *POST_IGNORED)}
-    return build(cls, section, (*POST_KEYS, *POST_IGNORED, *_for_others(own, cls)), **given_by_characters(config, cls))
+    given = given_by_characters(config, cls)
+    dictionary = Section(config).maybe('Global').get('character_dict_path')
+    if 'reverse' not in section: given['reverse'] = 'arabic' in str(dictionary) # As PaddleOCR decides it
+    return build(cls, section, (*POST_KEYS, *POST_IGNORED, *_for_others(own, cls)), **given)
 
 def given_by_characters(config, cls)->dict:
     "What a class that is made of characters may ask for"

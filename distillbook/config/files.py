@@ -25,7 +25,7 @@ SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wan
 GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
     ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
     ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads compile'
-    ' pretrained_dict_path use_tensorboard use_wandb').split()
+    ' pretrained_dict_path use_tensorboard use_wandb accept keep_statistics average_with_start').split()
 GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
     ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'
     ' uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb'
@@ -210,7 +210,7 @@ def _set(config, override):
     elif _is_place(node, last): node[int(last)] = value
     else: raise UserError(f"-o {override}: {'.'.join(path)} is {node!r}, and has no key {last!r}")
 
-def _is_place(node, key): return isinstance(node, list) and key.isdecimal() and int(key)<len(node)
+def _is_place(node, key): return isinstance(node, list) and key.isdecimal() and len(key)<10 and int(key)<len(node)
 
 def _step(node, key, where):
     if _is_place(node, key): return node[int(key)]

@@ -122,8 +122,11 @@ class Rows:
     def term(self, fn, addresses, name, targets=(), weight=None, **keys):
         "A term of the row's weight"
         fn = partial(fn, **keys) if keys else fn
-        return Term(fn, *addresses, targets=self.positions(targets), weight=self.weight if weight is None else weight,
+        term = Term(fn, *addresses, targets=self.positions(targets), weight=self.weight if weight is None else weight,
             name=name)
+        on = ['on'] if self.section is not None and 'on' in self.section else []
+        term.where = '' if self.section is None else self.section.place(*on)
+        return term
 
     @property
     def sar_padding(self): return SARClasses(characters(self.config)).pad
@@ -300,6 +303,7 @@ def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:
 def _alone_at(rows, head): return f'Model.{head}' if rows.in_multi_loss or many_heads(rows.config, 'Model') else 'Model'
 
 ALONE = Registry('loss', CTCLoss=ctc_alone, SARLoss=sar_alone, NRTRLoss=nrtr_alone, DBLoss=db_alone)
+for name,row in (ROWS | ALONE).items(): row.called = name # In messages
 
 # %% ../../nbs/config/04_losses.ipynb #f6cf96cd
 def weight_of(
@@ -445,4 +449,11 @@ def _output(outs, address):
     try: return look_up(outs, address)
     except KeyError: pass
     there = [f'{n}.{k}' if k else n for n,o in outs.items() for k in (o if isinstance(o, dict) else [''])]
-    raise unknown('output', address, there)
+    raise UserError(f"{unknown('output', address, there)}{_why_no_part(outs, address)}")
+
+def _why_no_part(outs, address):
+    "What is missing where a network gives only the output of its head"
+    net,part = (address.split('.')+[''])[:2]
+    given = outs.get(net)
+    if part not in ('backbone_out','neck_out','head_out') or isinstance(given, dict) and part in given: return ''
+    return f"; with return_all_feats: true {net} gives its {part}"

@@ -130,13 +130,14 @@ def parsed(
             log.info("%s:%d: *%s has no anchor; the key %s is meant, and so %s", source, line, name, name, value)
         return yaml.load(text, Loader=TextKeys),line_of(text)
     except UserError as e: raise UserError(f"{source}: {e}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         mark = getattr(e, 'problem_mark', None)
         line = f':{mark.line+1}' if mark and isinstance(source, Path) else ''
         raise UserError(f"{source}{line}: not YAML: {_why(e)}") from e
 
 def _why(error):
     if isinstance(error, RecursionError): return 'too many brackets'
+    if not isinstance(error, (yaml.YAMLError, ValueError)): return f'a value does not fit its tag ({error})'
     return getattr(error, 'problem', None) or str(error).splitlines()[0]
 
 # %% ../../nbs/config/01_values.ipynb #8c42798d

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 from ..core import UserError, unknown
-from .pictures import decode, is_pixels
+from .pictures import is_pixels, picture_from
 
 # %% ../../nbs/data/01_operations.ipynb #34a99e4b
 class DecodeImage:
@@ -23,11 +23,9 @@ class DecodeImage:
         ignore_orientation:bool=False, # Leave a picture as the camera stored it, even if it says how to turn it?
     ):
         if img_mode not in ('RGB','BGR','GRAY'): raise unknown('img_mode', img_mode, ('RGB','BGR','GRAY'))
-        self.mode,self.channel_first = img_mode,channel_first
-        self.flags = cv2.IMREAD_GRAYSCALE if img_mode=='GRAY' else cv2.IMREAD_COLOR
-        if ignore_orientation: self.flags |= cv2.IMREAD_IGNORE_ORIENTATION
+        self.mode,self.channel_first,self.turn = img_mode,channel_first,not ignore_orientation
     def __call__(self, sample, rng):
-        im = self.pixels(sample['image'])
+        im = self.pixels(sample['image'], sample.get('where', ''))
         if im.ndim==2: im = cv2.cvtColor(im, cv2.COLOR_GRAY2BGR)
         if self.mode=='RGB': im = im[...,::-1]
         return {**sample, 'image': np.ascontiguousarray(im.transpose(2,0,1) if self.channel_first else im)}
@@ -36,15 +34,15 @@ class DecodeImage:
 @patch
 def pixels(self:DecodeImage,
     image, # Bytes of a file, or uint8 BGR [h,w,3]
+    where:str='', # It is, for the log
 )->np.ndarray: # uint8 BGR [h,w,3], or [h,w] if grey is wanted; `UserError` if it is no picture
     "A picture, decoded if need be"
-    if is_pixels(image): return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if self.mode=='GRAY' else image
+    grey = self.mode=='GRAY'
+    if is_pixels(image): return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if grey else image
     if isinstance(image, np.ndarray):
         raise UserError(f'a picture that is made is uint8 [h,w,3], not {image.dtype} {list(image.shape)}')
     if not image: raise UserError('the picture is empty')
-    im = decode(image, self.flags)
-    if im is None: raise UserError('not a picture that OpenCV can read')
-    return im
+    return picture_from(image, turn=self.turn, grey=grey, where=where)
 
 # %% ../../nbs/data/01_operations.ipynb #fe7525ce
 def apply_op(

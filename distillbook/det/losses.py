@@ -206,6 +206,7 @@ def dila_db(
 
 dila_db.train_only = True
 dila_db.shapes = 'any'
+dila_db.teacher_in_use = True # It reads the teacher's first map, which the teacher gives in use as well
 
 # %% ../../nbs/det/08_losses.ipynb #0675925b
 def dml_maps(

@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/det/neck.html.md"""
 
 # %% auto #0
 __all__ = ['NECKS', 'top_down', 'stack_maps', 'bare_conv', 'four_channels', 'DBFPN', 'biased_conv', 'IntraCL', 'add_intracl',
-           'run_intracl', 'RSELayer', 'RSEFPN', 'DSConv', 'LKPAN']
+           'run_intracl', 'RSELayer', 'each_from_the_coarsest', 'RSEFPN', 'DSConv', 'LKPAN']
 
 # %% ../../nbs/det/06_neck.ipynb #37e7c6a7
 import torch, torch.nn.functional as F
@@ -130,6 +130,10 @@ class RSELayer(nn.Module):
         return x + y if self.shortcut else y
 
 # %% ../../nbs/det/06_neck.ipynb #015eb757
+def each_from_the_coarsest(layers, maps):
+    "Each layer on its map, in Paddle's order, which a released file's weights have too"
+    return [f(m) for f,m in reversed(list(zip(layers, maps)))][::-1]
+
 class RSEFPN(nn.Module):
     "PP-OCRv3's neck for students: `DBFPN` with gated channels"
     def __init__(self,
@@ -146,8 +150,8 @@ class RSEFPN(nn.Module):
         if intracl: add_intracl(self, out_channels//4)
 
     def forward(self, maps):
-        laterals = top_down([f(m) for f,m in zip(self.ins_conv, maps)])
-        return stack_maps(run_intracl(self, [f(m) for f,m in zip(self.inp_conv, laterals)]))
+        laterals = top_down(each_from_the_coarsest(self.ins_conv, maps))
+        return stack_maps(run_intracl(self, each_from_the_coarsest(self.inp_conv, laterals)))
 
 # %% ../../nbs/det/06_neck.ipynb #8b79b6c5
 class DSConv(nn.Module):

@@ -6,11 +6,12 @@ Docs: https://distillbook.github.io/distillbook/det/nets.html.md"""
 
 # %% auto #0
 __all__ = ['MapHead', 'as_map', 'soft_step', 'DBHead', 'LocalModule', 'PFHeadLocal', 'DetModel', 'check_sides', 'check_strides',
-           'ppocrv3_det', 'server_det', 'plain_det', 'TimmMaps']
+           'ppocrv3_det', 'server_det', 'ppocrv4_det', 'plain_det', 'TimmMaps']
 
 # %% ../../nbs/det/07_nets.ipynb #4acdf52e
 import torch, torch.nn.functional as F
 from torch import nn
+from ..backbones import PPLCNetV3
 from ..core import UserError, unknown
 from .backbone import MobileNetV3, PlainBackbone, ResNet_vd
 from .neck import DBFPN, RSEFPN
@@ -153,6 +154,10 @@ class DetModel(nn.Module):
         out = self.head(features, whole)
         return dict(backbone_out=maps, neck_out=features) | out if whole and self.return_all_feats else out
 
+    def why_no_output(self, path): # For the message where an output is missed
+        missed = not self.return_all_feats and path.partition('.')[0] in ('backbone_out','neck_out')
+        return '; return_all_feats: true makes the network give backbone_out and neck_out' if missed else ''
+
 # %% ../../nbs/det/07_nets.ipynb #8dd7c21f
 def check_sides(h, w): # Of the pictures
     "`UserError` for sides that are no multiples of 32"
@@ -178,6 +183,13 @@ def server_det()->DetModel:
     "PP-OCRv2's released server detector, the teacher that CML begins with, without the threshold branch"
     backbone = ResNet_vd(layers=18)
     return DetModel(backbone, DBFPN(backbone.out_channels, 256), DBHead(256, thresh=False))
+
+def ppocrv4_det(
+    fused:bool=False, # One convolution in each layer of the backbone? Else branches, which train better
+)->DetModel:
+    "The released PP-OCRv4 detector, a student of its CML, without the threshold branch"
+    backbone = PPLCNetV3(0.75, det=True, fused=fused)
+    return DetModel(backbone, RSEFPN(backbone.out_channels, 96), DBHead(96, thresh=False))
 
 # %% ../../nbs/det/07_nets.ipynb #5c033f59
 def plain_det(

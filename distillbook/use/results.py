@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 import cv2, matplotlib.pyplot as plt, numpy as np, torch
-from ..core import UserError, write_beside
-from ..data.pictures import read_picture
+from ..core import UserError, printable, write_beside
+from ..data.pictures import drawing_paths, each_picture, read_picture
 from ..det.boxes import draw_boxes
 from ..det.geometry import valid_polygons
 from ..det.metric import match_boxes
@@ -27,12 +27,16 @@ def predict(
     exp:Experiment, # With trained networks
     paths, # Of pictures, see `image_paths`
     bar=iter, # What the list of paths is put into, e.g. a progress bar
+    faults:dict=None, # Gets what is wrong with each picture that cannot be used; None: the first ends it all
 )->list: # A dict a picture: image, and what each network says, see `plain_answer`
     "What the networks of an experiment say of pictures"
     if not paths: raise UserError("which pictures?")
     if exp.pictures.prepare is None: raise UserError("how is a picture prepared? Pictures(prepare=) is not given")
     exp.nets.to(device_for(exp.run)).eval()
-    return [dict(image=str(path), **_answer(exp, path)) for path in bar(paths)]
+    if faults is None: return [dict(image=str(path), **_answer(exp, path)) for path in bar(paths)]
+    said,bad = each_picture(paths, lambda path: _answer(exp, path), bar)
+    faults.update(bad)
+    return [dict(image=str(path), **answer) for path,answer in said]
 
 def _answer(exp, path):
     try:
@@ -61,11 +65,11 @@ def save_reads(
     path, # The file
 ):
     "A line a picture: its path, a tab, what was read (PaddleOCR's format)"
-    text = ''.join(f"{row['image']}\t{_as_text(row)}\n" for row in rows)
+    text = ''.join(f"{printable(row['image'])}\t{_as_text(row)}\n" for row in rows)
     with write_beside(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _as_text(row):
-    if 'label' in row: return f"{row['label']}\t{row['score']}" if 'score' in row else str(row['label'])
+    if 'label' in row: return '\t'.join([printable(row['label']), *([str(row['score'])] if 'score' in row else [])])
     return json.dumps(row.get('boxes', {k: v for k,v in row.items() if k!='image'}), ensure_ascii=False)
 
 # %% ../../nbs/use/03b_results.ipynb #03544156
@@ -74,10 +78,14 @@ def draw_found(
     folder, # Gets a folder det_results_NET for each network, or det_results
 )->list: # The pictures written
     "Each picture with the boxes of one network drawn in"
-    return [_draw_found(row['image'], net, row[net], Path(folder)) for row in rows for net in row if net!='image']
+    images = [Path(row['image']) for row in rows]
+    nets = dict.fromkeys(net for row in rows for net in row if net!='image')
+    places = {n: drawing_paths(images, Path(folder)/_drawn_in(n)) for n in nets}
+    return [_draw_found(image, row[n], places[n][image]) for image,row in zip(images, rows) for n in row if n!='image']
 
-def _draw_found(image, net, boxes, folder):
-    to = folder/('det_results' if net=='boxes' else f'det_results_{net}')/Path(image).with_suffix('.png').name
+def _drawn_in(net): return 'det_results' if net=='boxes' else f'det_results_{net}'
+
+def _draw_found(image, boxes, to):
     drawn = draw_boxes(read_picture(image), [np.array(o['points']) for o in boxes])
     with write_beside(to) as tmp: tmp.write_bytes(cv2.imencode('.png', drawn)[1].tobytes())
     return to
@@ -128,6 +136,7 @@ class Trained(NamedTuple):
     std:tuple # Likewise
     metrics:dict # Of the state that was kept, e.g. acc; empty if nobody measured
     config:dict # It all came from
+    width:int=None # To which recognisers have shorter lines padded, pixels
 
 def trained(
     exp:Experiment, # With trained networks
@@ -136,4 +145,4 @@ def trained(
     nets,p = exp.nets.to(device_for(exp.run)).eval(),exp.pictures
     metrics = {k: float(v) for k,v in exp.measured.items() if k!='fps' and isinstance(v, (int,float))}
     named = {n: nets[n] for n in nets.names}
-    return Trained(named, p.task, p.alphabet, p.shape, p.mean, p.std, metrics, exp.run.config or {})
+    return Trained(named, p.task, p.alphabet, p.shape, p.mean, p.std, metrics, exp.run.config or {}, p.width)

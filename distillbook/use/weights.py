@@ -6,10 +6,11 @@ Docs: https://distillbook.github.io/distillbook/use/weights.html.md"""
 
 # %% auto #0
 __all__ = ['PADDLE_LAYERS', 'ONNX_LEAVES', 'STAND_INS', 'NOT_WEIGHTS', 'PADDLE_LEAVES', 'log', 'WEIGHT_SUFFIXES', 'STATE_FILES',
-           'onnx_weights', 'creation_order', 'match_layers', 'WeightsFit', 'match_weights', 'fill_weights', 'check_fit',
-           'nets_in', 'onnx_state', 'load_onnx', 'read_pickle', 'read_pdparams', 'paddle_state', 'load_paddle',
-           'sub_net', 'weights_file', 'read_weights', 'load_weights', 'threshold_twin', 'load_released',
-           'paddle_arrays', 'save_weights', 'extract']
+           'WRAPPERS', 'COUNTED', 'onnx_weights', 'onnx_graph', 'creation_order', 'match_layers', 'WeightsFit',
+           'match_weights', 'fill_weights', 'check_fit', 'nets_in', 'onnx_state', 'load_onnx', 'read_pickle',
+           'read_pdparams', 'paddle_state', 'load_paddle', 'sub_net', 'weights_file', 'read_weights', 'unwrapped',
+           'plain_names', 'load_weights', 'threshold_twin', 'branches_for_training', 'load_released', 'paddle_arrays',
+           'save_weights', 'extract']
 
 # %% ../../nbs/use/01_weights.ipynb #8ec575ae
 import copy, logging, os, pickle, re
@@ -24,6 +25,7 @@ from torch import nn
 from ..checkpoint import load_file as read_checkpoint
 from ..core import UserError, unknown, write_beside
 from ..nets import Nets
+from ..reparam import RepLayer
 from .released import TEACHERS, teacher_file
 
 # %% ../../nbs/use/01_weights.ipynb #a542d910
@@ -32,15 +34,19 @@ def onnx_weights(
 )->dict: # Paddle's name, e.g. 'conv2d_37.w_0', to numpy array
     "The weights in an ONNX file that Paddle's exporter has written"
     from onnx import numpy_helper
-    graph = _onnx_graph(path)
-    tensors = {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type=='Constant'}
+    graph = onnx_graph(path)
+    constants = [n for n in graph.node if n.op_type=='Constant' and n.output and n.attribute]
+    tensors = {n.output[0]: n.attribute[0].t for n in constants}
     tensors |= {t.name: t for t in graph.initializer}
-    tensors = {k: t for k,t in tensors.items() if re.fullmatch(r'\w+_\d+\.[wb]_\d', k)}
+    tensors = {k: t for k,t in tensors.items() if isinstance(k, str) and re.fullmatch(_NAME, k)}
     for k,t in tensors.items():
         if t.data_location==t.EXTERNAL: raise UserError(f"{path}: {k} lies in another file, which is not read")
-    return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
+    try: return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
+    except Exception as e: raise UserError(f"{path}: a tensor in it is not what it says of itself ({e})") from None
 
-def _onnx_graph(path):
+_NAME = r'\w+_\d+\.[wb]_\d' # Of a weight, as Paddle gives it
+
+def onnx_graph(path):
     import onnx
     from google.protobuf.message import DecodeError
     try: return onnx.load(path, load_external_data=False).graph
@@ -362,6 +368,29 @@ def read_weights(
     return _read(weights_file(path)).state
 
 # %% ../../nbs/use/01_weights.ipynb #b28174c1
+WRAPPERS = ('model','state_dict','model_state_dict','net','network','weights','params','module','state_dict_ema',
+    'ema_state_dict','model_ema','params_ema','ema')
+
+def unwrapped(
+    content, # Of a checkpoint of anybody's
+): # Names with tensors, if they are in it under one of the usual names; otherwise what was given
+    "The weights in what Lightning, timm, mmengine, torchdistill or a script of somebody's has saved"
+    if not isinstance(content, dict) or (content and all(isinstance(v, torch.Tensor) for v in content.values())):
+        return content
+    inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), None)
+    return content if inner is None else unwrapped(inner)
+
+COUNTED = ('n_averaged','steps','num_updates') # Beside the weights of a mean over time
+
+def plain_names(
+    state:dict, # Name to tensor
+)->dict:
+    "Names without what wrappers put before them: DataParallel and means over time `module.`, compiling `_orig_mod.`"
+    state = {k.replace('_orig_mod.', ''): v for k,v in state.items()}
+    weights = {k: v for k,v in state.items() if k not in COUNTED}
+    if not weights or not all(k.startswith('module.') for k in weights): return state
+    return plain_names({k.removeprefix('module.'): v for k,v in weights.items()})
+
 class _Stored(NamedTuple):
     "What a file holds"
     state:dict # Name to weight
@@ -371,13 +400,12 @@ class _Stored(NamedTuple):
 def _read(file):
     if file.suffix=='.onnx': return _Stored(onnx_weights(file))
     if file.suffix in ('.pdparams','.pdopt'): return _Stored(read_pdparams(file))
-    if file.suffix=='.safetensors': return _Stored(_read_safetensors(file))
+    if file.suffix=='.safetensors': return _Stored(plain_names(_read_safetensors(file)))
     content = read_checkpoint(file)
-    whole = isinstance(content, dict) and 'model' in content
-    state = _check_state(content['model'] if whole else content, file)
-    if not whole: return _Stored(state)
-    frozen = content.get('frozen')
-    return _Stored(state, content.get('net'), tuple(frozen) if isinstance(frozen, dict) else ())
+    state = plain_names(_check_state(unwrapped(content), file))
+    if not isinstance(content, dict) or 'model' not in content: return _Stored(state)
+    frozen,net = content.get('frozen'),content.get('net')
+    return _Stored(state, net if isinstance(net, str) else None, tuple(frozen) if isinstance(frozen, dict) else ())
 
 # %% ../../nbs/use/01_weights.ipynb #72a16630
 def _read_safetensors(file):
@@ -390,7 +418,7 @@ def _check_state(state, file):
     "The state, if it is names with tensors of plain numbers"
     if not isinstance(state, dict):
         raise UserError(f"{file}: weights with names are wanted, not a {type(state).__name__}")
-    no = f"{file}: not a file of weights"
+    no = f"{file}: not a file of weights (looked for as it is, and under {', '.join(WRAPPERS[:5])}, ...)"
     for k,v in state.items():
         if not (isinstance(k, str) and isinstance(v, torch.Tensor)):
             raise UserError(f"{no}: a {type(v).__name__} under {k!r}")
@@ -455,10 +483,18 @@ def _load_one(target, file, strict):
     "An ONNX file's weights: always those of one network"
     if names := _net_names(target):
         raise UserError(f"{file} holds one network; which is to have it? net={' or '.join(map(repr, names))}")
-    if _threshold(target): return load_released(target, file)
+    if any(isinstance(m, RepLayer) for m in target.modules()): return _load_fused(target, file)
+    if branches_for_training(target): return load_released(target, file)
     fit = fill_weights(target, onnx_state(target, file), file, strict)
     _say_what_is_left(fit, file)
     return fit
+
+def _load_fused(target, file):
+    "A released network whose branches are added up"
+    from distillbook.use.fused import load_fused
+    before = {k for k,_ in target.named_parameters()}
+    load_fused(target, file)
+    return WeightsFit(sorted(before), [], [], [])
 
 # %% ../../nbs/use/01_weights.ipynb #5763c89f
 def _state_for(target, stored, file, net, in_model):
@@ -493,21 +529,35 @@ def threshold_twin(
     branch.conv3.reset_parameters()
     return branch
 
+def branches_for_training(
+    net:nn.Module,
+)->list: # Names in its head
+    "What a released network does not have: a detector's threshold branch, a recogniser's guide heads"
+    head = getattr(net, 'head', None)
+    if getattr(head, 'thresh', None) is not None: return ['thresh']
+    guides = getattr(head, 'extra_inputs', None)
+    return [n for n in guides if getattr(head, n) is not None] if isinstance(guides, dict) else []
+
 def load_released(
-    net:nn.Module, # A detector whose head has a threshold branch; filled in place
+    net:nn.Module, # With branches that only train; filled in place
     path, # ONNX file with Paddle's names
 )->WeightsFit: # `UserError` if the rest does not fit, and then nothing is changed
-    "A released detector's weights into one that has a threshold branch"
-    branch = net.head.thresh
-    del net.head.thresh
+    "A released network's weights into one that has branches for training too"
+    head,names = net.head,branches_for_training(net)
+    branches = {n: getattr(head, n) for n in names}
+    for n in names: setattr(head, n, None)
     try:
         fit = fill_weights(net, onnx_state(net, path), path)
-        branch = threshold_twin(net.head)
-    finally: net.head.thresh = branch
-    log.info("%s: a released detector, which has no threshold branch; that begins as a twin of the other", path)
+        if 'thresh' in names: branches['thresh'] = threshold_twin(head)
+    finally:
+        for n,branch in branches.items(): setattr(head, n, branch)
+    _say_what_is_new(path, names)
     return fit
 
-def _threshold(net): return getattr(getattr(net, 'head', None), 'thresh', None) is not None
+def _say_what_is_new(path, names):
+    if 'thresh' in names:
+        log.info("%s: a released detector, which has no threshold branch; that begins as a twin of the other", path)
+    elif names: log.info("%s: a released recogniser, which has no guide head; %s begins anew", path, ', '.join(names))
 
 # %% ../../nbs/use/01_weights.ipynb #458fd3d2
 def paddle_arrays(
