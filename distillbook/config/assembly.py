@@ -324,10 +324,9 @@ def experiment(
     run = run_settings(config)
     run.eval_first = begins_trained(config) and not run.resume
     set_seed(run.seed)
-    with timed(run.seconds, 'networks'):
-        nets = as_nets(_for_training(config, run))
-        check_heights(config, nets)
+    with timed(run.seconds, 'networks'): nets = as_nets(_for_training(config, run))
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
+    check_heights(config, nets)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
     terms = build_terms(config)
     check_teachers(config, terms)

@@ -458,7 +458,8 @@ def ctc_frames(
             x,more = x.to(device_of(exp.nets)),[Targets(yb)] if exp.nets.want_targets() else []
             outs = exp.nets.train()(x, *more)
             return min(look_up(outs, a).shape[1] for a in heads)
-    except (KeyError, AttributeError, IndexError): return None # Another output than CTC's: the terms will say so
+    except (UserError, torch.OutOfMemoryError): raise
+    except Exception: return None # No output of CTC's, or none at all: trying the terms will say so
 
 def _are_prepared(dl):
     "Are there operations on samples? Otherwise nothing is known of what they are"
