@@ -157,7 +157,8 @@ def test_number(good):
 def halved(step, epochs, per_epoch, learning_rate, jumps=()): return learning_rate/2**sum(step>=e*per_epoch for e in jumps)
 WRONG = [*((dict(learning_rate=v), f'learning_rate: a number.* is wanted, not {v!r}') for v in (-1, 'x', True, None)), (dict(learning_rate=.1, jumps=[1,'x']), "jumps.1: a number from 0 is wanted, not 'x'"), (dict(learning_rat=.1), "learning_rat: no key 'learning_rat'; did you mean 'learning_rate'")]
 
-def test_a_schedule_of_ones_own():
+def test_a_schedule_of_ones_own(monkeypatch):
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', {__name__})
     f = lr_schedule(dict(name=f'{__name__}.halved', learning_rate='1e-3', jumps=['1',2]), 4, 4)
     assert [f(s) for s in (0, 4, 8, 15)] == [1e-3, 5e-4, 2.5e-4, 2.5e-4]
     for own,message in WRONG:

@@ -119,7 +119,7 @@ def test_kept_file_is_read_and_not_the_pictures(words, tmp_path):
     source = label_files(words/'train.txt', words)
     kept = SampleSet(source, rec_ops(), KEYS, seed=2, ext_op_transform_idx=1, keep=tmp_path)
     assert len(kept.kept)==99
-    with mock.patch('distillbook.data.operations.decode', side_effect=AssertionError): kept[3]
+    with mock.patch('distillbook.data.operations.picture_from', side_effect=AssertionError): kept[3]
     other = pickle.loads(pickle.dumps(kept.kept))
     assert np.array_equal(other.read(3)['image'], cv2.imread(str(words/'003.png')))
     with pytest.raises(ValueError): other.read(3)['image'][:] = 0
