@@ -201,7 +201,7 @@ def test_with_a_teacher_that_section_is_not_used():
 def test_no_teacher_and_nothing_in_its_place(no_teacher):
     assert 'cannot be downloaded' in said(lambda: build_model(usable(load_config('quickstart', [*TINY, 'WithoutTeacher=']))))
 
-@pytest.mark.parametrize('change,says', [('WithoutTeacher=5', 'WithoutTeacher'), ('WithoutTeacher.Loss.name=CombinedLos', "quickstart.yml:64: Loss.name: no loss 'CombinedLos'"), ('WithoutTeacher.Loss.loss_config_list.1.Term.weight=heavy', 'Term.weight'), ('WithoutTeacher.Loss.loss_config_list.1.Trem={}', 'loss_config_list.1'), ('WithoutTeacher.PostProcess.model_name=[Student, Teacher]', "no net 'Teacher'"), ('WithoutTeacher.Globl={}', "'Globl'"), ('WithoutTeacher.Architecture.Models.Student.Bckbone={}', "'Bckbone'")])
+@pytest.mark.parametrize('change,says', [('WithoutTeacher=5', 'WithoutTeacher'), ('WithoutTeacher.Loss.name=CombinedLos', "quickstart.yml:63: Loss.name: no loss 'CombinedLos'"), ('WithoutTeacher.Loss.loss_config_list.1.Term.weight=heavy', 'Term.weight'), ('WithoutTeacher.Loss.loss_config_list.1.Trem={}', 'loss_config_list.1'), ('WithoutTeacher.PostProcess.model_name=[Student, Teacher]', "no net 'Teacher'"), ('WithoutTeacher.Globl={}', "'Globl'"), ('WithoutTeacher.Architecture.Models.Student.Bckbone={}', "'Bckbone'")])
 def test_what_takes_its_place_is_checked_at_once(change, says):
     "Not on the day on which there is no network"
     assert says in said(lambda: load_config('quickstart', [*TINY, change]))
