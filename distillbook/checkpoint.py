@@ -353,6 +353,10 @@ class Checkpoint(Callback):
         self._signals_back()
         self.learn.resumed = None
 
+# %% ../nbs/learning/09_checkpoint.ipynb #4563ac23
+@patch
+def __setattr__(self:Checkpoint, name, value): object.__setattr__(self, name, value)
+
 # %% ../nbs/learning/09_checkpoint.ipynb #b78c0b3a
 @patch
 def before_fit(self:Checkpoint):

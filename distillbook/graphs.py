@@ -460,7 +460,7 @@ class QuickSteps(Callback):
     def __init__(self,
         compile:bool=None, # See the table
         record=None, # What records a network; None: CUDA graphs on a GPU, and nothing elsewhere
-    ): self.compile,self.record,self.runner,self.layers = compile,record,None,[]
+    ): self.compile,self.record,self.runner,self.wide = compile,record,None,[]
 
     def before_fit(self):
         nets = get_model(self.learn.model)
@@ -480,11 +480,11 @@ class QuickSteps(Callback):
 
     def _swap_layers(self, nets):
         on_cpu = next(nets.parameters()).device.type=='cpu'
-        self.layers = wide_depthwise(nets) if on_cpu and not self.compile else []
-        for m in self.layers: m.__class__ = Depthwise
+        self.wide = wide_depthwise(nets) if on_cpu and not self.compile else []
+        for m in self.wide: m.__class__ = Depthwise
 
     def cleanup(self):
-        for m in self.layers: m.__class__ = nn.Conv2d
-        get_model(self.learn.model).runner,self.layers = None,[]
+        for m in self.wide: m.__class__ = nn.Conv2d
+        get_model(self.learn.model).runner,self.wide = None,[]
         if self.runner: self.runner.close()
         self.runner = None

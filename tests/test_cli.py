@@ -72,7 +72,7 @@ def pictures(tmp_path_factory):
 
 # %% what a run leaves
 def test_files(tiny):
-    files = {'config.yml','train.log','metrics.csv','summary.json','curves.png','latest.pth','best_accuracy.pth','answers',*(f'pictures_{s}.png' for s in SETS)}
+    files = {'config.yml','train.log','metrics.csv','summary.json','curves.png','latest.pth','best_accuracy.pth','answers','digits_and_letters.txt',*(f'pictures_{s}.png' for s in SETS)}
     assert {o.name for o in tiny[0].iterdir()}==files
     for name in files:
         if name.endswith('.png'): assert cv2.imread(str(tiny[0]/name)).std()>5
