@@ -161,7 +161,7 @@ def test_a_teacher_of_onnxruntime(folder, caplog):
     "It is asked on the CPU, and that is said once"
     core.say_once.cache_clear()
     cfg = yaml.safe_load(DET.read_text())
-    cfg['Architecture']['Models']['Teacher'] = dict(pretrained='PP-OCRv4_det', freeze_params=True)
+    cfg['Architecture']['Models']['Teacher'] = dict(pretrained='PP-OCRv5_det', freeze_params=True)
     (folder/'onnx.yml').write_text(yaml.safe_dump(cfg))
     args = det_args(folder, 'onnx', 'Train.loader.num_workers=2')
     args[2] = folder/'onnx.yml'
