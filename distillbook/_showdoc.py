@@ -1,7 +1,7 @@
 """How the site documents a name whose source it shows: heading, link and what it is for, then the source.
 
-nbdev calls this when it builds the site (`doc_procs` in pyproject.toml); nothing of the library does. By itself nbdev would put the
-signature and all of the docstring above the source that begins with the same signature and docstring."""
+nbdev calls this when it builds the site (`doc_procs` in pyproject.toml); nothing of the library does. By itself it
+would put the signature and all of the docstring above the source that begins with the same signature and docstring."""
 import ast, re
 
 SIGNATURE = re.compile(r'^```python\n(?:@.*\n|(?:async )?def |class ).*?^```\n*', re.M | re.S)

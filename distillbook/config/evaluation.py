@@ -131,6 +131,7 @@ def check_evaluation_keys(
     own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
     return ignored + ([] if own else metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter']))
 
+# %% ../../nbs/config/06_evaluation.ipynb #98488c36
 def build_metric(
     config:dict, # The whole configuration
 )->NetMetrics:

@@ -99,6 +99,7 @@ class IntraCL(nn.Module):
         for i in range(0, 9, 3): y = sum(self.get_submodule(f'{n}_layer_{h}x{w}')(y) for n,h,w in self.layers[i:i+3])
         return x + self.bn(self.conv1x1_return_channel(y)).relu()
 
+# %% ../../nbs/det/06_neck.ipynb #48897470
 def add_intracl(
     neck:nn.Module, # Gets incl1 to incl4
     n:int, # Channels of each level

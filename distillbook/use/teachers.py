@@ -84,13 +84,16 @@ class OnnxNet(nn.Module):
             why = _first_line(e)
             raise UserError(f"{self.path}: onnxruntime cannot run it on pictures {list(x.shape)}: {why}") from None
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k!='session'} # For copies and pickles
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.start()
 
 # %% ../../nbs/use/02_teachers.ipynb #5d2c7a02
+@patch
+def __getstate__(self:OnnxNet): return {k: v for k,v in self.__dict__.items() if k!='session'}
+
+@patch
+def __setstate__(self:OnnxNet, state):
+    self.__dict__.update(state)
+    self.start()
+
 @patch
 def get_extra_state(self:OnnxNet): return hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
 
