@@ -22,7 +22,7 @@ def to_columns(
 ): # [N,C,1,W/2]
     "One row of a map, as PP-OCRv4's recognisers make it"
     if training: return F.adaptive_avg_pool2d(x, (1,40))
-    return F.avg_pool2d(x, (min(x.shape[2], 3), 2))
+    return F.avg_pool2d(x, (min(int(x.shape[2]), 3), 2)) # An int is a constant where a network is exported
 
 # %% ../nbs/learning/12b_backbones.ipynb #16540e46
 def lcnet_blocks(

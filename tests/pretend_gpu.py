@@ -119,6 +119,7 @@ class Machine(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in MOVES: return MOVES[func](*args, **kwargs)
+        if func is torch._C._nn._parse_to and args and isinstance(args[0], OnGPU): return torch.device(CUDA),args[0].dtype,False,None # `Module.to(tensor)`
         device = kwargs.get('device')
         if device is None or func is torch._C._nn._parse_to: return func(*args, **kwargs)
         if not is_gpu(device) and type(device) is not int: return self.off_gpu(func(*args, **kwargs))

@@ -3,6 +3,8 @@ import copy, json
 from pathlib import Path
 import cv2, numpy as np, onnx, pytest, torch
 from torch import nn
+from distillbook.config import build_model, load_config
+from distillbook.config.networks import characters
 from distillbook.core import UserError
 from distillbook.det.nets import plain_det
 from distillbook.det.render import render_page
@@ -46,6 +48,23 @@ def test_recognisers(name, tmp_path):
         np.testing.assert_allclose(got.sum(-1), 1, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and not net.training
 
+SVTR = '{name: SVTRNet, img_size: [48,64], embed_dim: [16,24,32], depth: [1,2,1], num_heads: [2,2,2], mixer: [Conv,Conv,Local,Global], out_char_num: 16, out_channels: 16}'
+
+def test_recognisers_of_ppocrv4(tmp_path):
+    "Batches and widths stay free where they are; SVTRNet has one size"
+    heads = [f'Architecture.Models.{n}.Head.head_list.{o}' for n in ('Teacher','Student') for o in ('0.CTCHead.Neck.dims=8', '0.CTCHead.Neck.depth=1', '0.CTCHead.Neck.hidden_dims=16', '1.NRTRHead.nrtr_dim=32', '1.NRTRHead.num_decoder_layers=1')]
+    config = load_config('rec/ppocrv4_distillation', [*heads, f'Architecture.Models.Teacher.Backbone={SVTR}', 'Architecture.Models.Teacher.pretrained=', 'Architecture.Models.Student.Backbone.scale=0.0625'])
+    model,alphabet = build_model(config),Alphabet(characters(config))
+    for name,shape,sizes in (('Student', (3,48,None), ((1,48,64),(3,48,320))), ('Teacher', (3,48,64), ((1,48,64),(3,48,64))), ('Student', (3,32,None), ((1,32,64),))):
+        net = model[name].eval()
+        session,_ = open_onnx(export_onnx(net, tmp_path/'r.onnx', 'rec', alphabet, shape=shape))
+        for size in sizes:
+            x = torch.randn(size[0], 3, *size[1:])
+            with torch.no_grad(): want = net(x)
+            while isinstance(want, dict): want = want.get('head_out', want.get('ctc'))
+            got = session.run(None, dict(x=x.numpy()))[0]
+            assert got.shape[0]==size[0] and np.abs(got-want.numpy()).max()<1e-5
+
 def test_nothing_that_only_trains_is_in_the_file(tmp_path):
     net = small_rec(AB)
     path = export_onnx(net, tmp_path/'r.onnx', 'rec', AB)
@@ -55,7 +74,7 @@ def test_nothing_that_only_trains_is_in_the_file(tmp_path):
     det = export_onnx(small_det(), tmp_path/'d.onnx', 'det', shape=(3,None,None))
     assert sum(n.op_type=='ConvTranspose' for n in onnx.load(det).graph.node)==2
 
-@pytest.mark.parametrize('make', [small_det, plain_det, lambda: load_teacher('PP-OCRv3_det')], ids=['small', 'plain', 'released'])
+@pytest.mark.parametrize('make', [small_det, plain_det, lambda: load_teacher('PP-OCRv3_det'), lambda: load_teacher('PP-OCRv4_det')], ids=['small', 'plain', 'v3', 'v4'])
 def test_detectors(make, tmp_path):
     net = make().eval()
     session,_ = open_onnx(export_onnx(net, tmp_path/'d.onnx', 'det', shape=(3,None,None)))

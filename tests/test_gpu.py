@@ -4,6 +4,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F, yaml
 from fastai.basics import Callback, DataLoader, DataLoaders, accuracy, set_seed
 from torch import distributed as dist, nn
 from distillbook import cache, core
+from distillbook.backbones import PPLCNetV3
 from distillbook.cache import CachedNet
 from distillbook.checkpoint import load_file
 from distillbook.config import load_config
@@ -14,7 +15,9 @@ from distillbook.learner import distill_learner
 from distillbook.losses import distance, kd
 from distillbook.nets import Nets
 from distillbook.rec import sar
-from distillbook.rec.labels import Alphabet
+from distillbook.rec.labels import Alphabet, NRTRClasses
+from distillbook.rec.nrtr import NRTRHead
+from distillbook.reparam import RepLayer, calibrate, fuse
 from distillbook.terms import Term
 from distillbook.use import evaluation, teachers, training
 from distillbook.use.finetune import remap_classes
@@ -24,6 +27,7 @@ from distillbook.use.training import Experiment, Run, device_for, train
 from small_nets import small_rec
 from test_cli import fails, inside as distillbook, tiny_run
 from test_cli_io import NETS, ROOT, overrides
+from test_v4_rec import as_published, words
 
 DET,REC = ROOT/'configs/det/plain_cml.yml',ROOT/'configs/rec/ppocrv3_distillation.yml'
 ONE_DEVICE,NO_NUMPY = 'on the same device|same device as the indexed',"convert cuda:0 device type tensor to numpy"
@@ -117,6 +121,38 @@ def test_another_alphabet(rec, folder, tmp_path):
     for begin in ('random','mean'):
         net = remap_classes(small_rec(Alphabet('abc')).cuda(), Alphabet('abc'), Alphabet('bcd'), begin)
         assert {t.device.type for t in net.state_dict().values()}=={'cuda'}
+
+def test_another_alphabet_for_nrtr():
+    old,new = Alphabet('abc'),Alphabet('bcd')
+    net = nn.ModuleDict(dict(ctc=nn.Linear(8, len(old)), nrtr=NRTRHead(8, len(NRTRClasses(old.chars)), nrtr_dim=32, num_decoder_layers=1))).cuda()
+    for begin in ('random','mean'): assert {t.device.type for t in remap_classes(net, old, new, begin).state_dict().values()}=={'cuda'}
+
+def test_ppocrv4(words, tmp_path, gpu):
+    "NRTR beside CTC, layers of branches, SVTR as a teacher: trained, measured, used and exported"
+    path = as_published(words, tmp_path)
+    ok('train', '-c', path, '-o', 'Global.use_gpu=true', 'Global.checkpoints=', 'Architecture.Models.Teacher.pretrained=none')
+    assert device_in(tmp_path)==gpu
+    assert 'acc' in json.loads(ok('eval', '--run', tmp_path, '--json').stdout)
+    assert len(json.loads(ok('predict', '--run', tmp_path, '--json', words/'0.png').stdout))==1
+    ok('export', '--run', tmp_path, '--net', 'Student', '--out', tmp_path/'out')
+
+def test_batches_of_several_heights(words, tmp_path, gpu):
+    sides = [f'{s}.dataset.{o}' for s in ('Train','Eval') for o in (f'data_dir={words}', f'label_file_list=[{words}/lines.txt]')]
+    head = [f'Architecture.Head.head_list.{o}' for o in ('0.CTCHead.Neck.dims=8', '0.CTCHead.Neck.depth=1', '0.CTCHead.Neck.hidden_dims=16', '1.NRTRHead.nrtr_dim=32', '1.NRTRHead.num_decoder_layers=1')]
+    small = ['Architecture.Backbone.scale=0.0625', 'Global.pretrained_model=', 'Global.character_dict_path=', 'Global.use_space_char=false', 'Global.epoch_num=1',
+        'Train.sampler.scales=[[64,32],[64,48]]', 'Train.sampler.first_bs=4', 'Train.loader.batch_size_per_card=4', 'Eval.loader.batch_size_per_card=4', 'Train.loader.num_workers=0', 'Eval.loader.num_workers=0']
+    ok('train', '-c', 'rec/ppocrv4', '-o', *small, *head, *sides, f'Global.save_model_dir={tmp_path}/run')
+    assert device_in(tmp_path/'run')==gpu
+
+def test_branches_and_their_fusing():
+    torch.manual_seed(0)
+    net,x = PPLCNetV3(scale=.0625).cuda(),torch.randn(4,3,48,32, device='cuda')
+    layer = next(m for m in net.modules() if isinstance(m, RepLayer))
+    kernel = sum(k for k,_ in layer.eval().kernels()).detach()
+    layer.spread(kernel, sum(b for _,b in layer.kernels()).detach())
+    want = calibrate(net, x).eval()(x)
+    got = fuse(copy.deepcopy(net))(x)
+    assert got.is_cuda and (got-want).abs().max().item()<1e-4*want.abs().max().item()
 
 def test_quickstart(tmp_path, monkeypatch, gpu):
     "The README's command: the teacher is asked where the networks are, and no thread is left idle"

@@ -33,7 +33,7 @@ def as_map(
     size, # H and W
 ): # [N,C,H,W]
     "Tokens as a picture"
-    return x.transpose(1, 2).unflatten(2, size)
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
 
 def as_tokens(x): return x.flatten(2).transpose(1, 2)
 
@@ -200,8 +200,8 @@ def _add_stages(self:SVTRNet, dims, depth, heads, mixer, windows, merging, drop_
 # %% ../../nbs/rec/04b_svtrnet.ipynb #4b2b609b
 @patch
 def forward(self:SVTRNet, x):
-    if list(x.shape[2:])!=self.img_size:
-        raise UserError(f"SVTRNet reads pictures of {self.img_size}, not {list(x.shape[2:])}: see its img_size")
+    size = [int(n) for n in x.shape[2:]]
+    if size!=self.img_size: raise UserError(f"SVTRNet reads pictures of {self.img_size}, not {size}: see its img_size")
     x = self.pos_drop(as_tokens(self.patch_embed.proj(x)) + self.pos_embed)
     for s in (1,2,3):
         if s>1: x = getattr(self, f'sub_sample{s-1}')(x)

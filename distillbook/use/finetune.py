@@ -214,11 +214,12 @@ def _remap_nrtr(m, old, new, begin):
             f"for {len(old.chars)} characters, four signs and one that is not used")
     characters = [None if i is None else i+3 for i in _old_classes(old, new)]
     old_rows,chars = [*range(4), *characters, len(a)],slice(4, len(a))
-    table = nn.Embedding(len(b)+1, layer.embedding_dim, padding_idx=NRTRClasses.pad)
     rows = layer.weight.data
+    table = nn.Embedding(len(b)+1, layer.embedding_dim, padding_idx=NRTRClasses.pad, device=rows.device)
     table.weight.data = remap_rows(rows, _fresh(rows[chars], table.weight, begin), old_rows)
-    m.embedding.embedding,prediction = table,nn.Linear(layer.embedding_dim, len(b)+1, bias=False)
+    m.embedding.embedding = table
     rows = m.tgt_word_prj.weight.data
+    prediction = nn.Linear(layer.embedding_dim, len(b)+1, bias=False, device=rows.device)
     prediction.weight.data = remap_rows(rows, _fresh(rows[chars], prediction.weight, begin), old_rows)
     m.tgt_word_prj = prediction
 
