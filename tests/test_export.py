@@ -105,6 +105,21 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='differ'): export_onnx(PlainStudent(37, (8,8,8,8)), tmp_path/'r.onnx', 'rec', AB)
     assert not list(tmp_path.iterdir())
 
+class Waves(nn.Module):
+    "What ONNX has no word for"
+    def __init__(self): super().__init__(); self.fc = nn.Linear(8, 37)
+    def forward(self, x): return self.fc(torch.linalg.eigvals(x[:,0,:8,:8]).abs()[:,None])
+
+class OneSize(nn.Module):
+    "Right for the batch that it is traced with, and for no other"
+    def __init__(self): super().__init__(); self.fc = nn.Linear(8, 37)
+    def forward(self, x): return self.fc(x[:,:1,0,:8].unflatten(0, (len(x.tolist()),)))
+
+@pytest.mark.parametrize('net,says', [(Waves(), 'PyTorch cannot write this network as ONNX'), (OneSize(), 'onnxruntime cannot run it on pictures')])
+def test_what_onnx_cannot_say_is_one_line(net, says, tmp_path):
+    with pytest.raises(UserError, match=says): export_onnx(net, tmp_path/'w.onnx', 'rec', AB)
+    assert not list(tmp_path.iterdir())
+
 def test_mistakes(tmp_path):
     net = PlainStudent(37, (8,8,8,8))
     with pytest.raises(UserError, match='with its alphabet'): export_onnx(net, tmp_path/'r.onnx', 'rec')

@@ -23,7 +23,7 @@ from ..rec.labels import Alphabet
 from ..rec.nets import MultiHead, RecModel
 from ..rec.nrtr import NRTRHead
 from ..rec.sar import SARHead
-from .teachers import OnnxNet, onnx_session
+from .teachers import OnnxNet, first_line, onnx_session
 
 # %% ../../nbs/use/06_export.ipynb #90417bfa
 class InferenceNet(nn.Module):
@@ -94,7 +94,9 @@ def _differ(model, session, xs):
     "The largest difference between PyTorch and onnxruntime"
     diffs = []
     for x in xs:
-        theirs = session.run(None, {'x': x.numpy()})[0]
+        try: theirs = session.run(None, {'x': x.numpy()})[0]
+        except Exception as e:
+            raise UserError(f"onnxruntime cannot run it on pictures {list(x.shape)}: {first_line(e)}") from e
         with torch.no_grad(): diffs.append(np.abs(model(x).numpy()-theirs).max())
     return float(np.max(diffs))
 
@@ -103,8 +105,12 @@ def _trace(model, x, path, axes):
     "Write down the operations of a network"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        torch.onnx.export(model, (x,), str(path), dynamo=False, input_names=['x'], output_names=['y'],
-            dynamic_axes=dict(x=axes, y={0: 'batch'}), opset_version=17)
+        try:
+            torch.onnx.export(model, (x,), str(path), dynamo=False, input_names=['x'], output_names=['y'],
+                dynamic_axes=dict(x=axes, y={0: 'batch'}), opset_version=17)
+        except UserError: raise
+        except Exception as e: # Of many kinds, and none of them PyTorch's alone
+            raise UserError(f"PyTorch cannot write this network as ONNX: {first_line(e)}") from e
 
 def _add_metadata(path, entries):
     import onnx
