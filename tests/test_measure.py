@@ -6,6 +6,7 @@ from distillbook.config.assembly import experiment, ready_networks
 from distillbook.core import UserError
 from distillbook.data.render import draw_line, font_files
 from distillbook.rec.labels import Alphabet
+from distillbook.use import evaluation
 from distillbook.use.training import evaluate_sets, train
 from distillbook.use.released import teacher_file
 import torch
@@ -108,3 +109,12 @@ def test_pictures_without_labels(words, tmp_path, caplog):
     assert len(parts)==4 and parts.iloc[-1,0]<parts.iloc[0,0] and learn.summary['samples']['train']==10
     alone = load_config('quickstart', [*UNLABELLED, f'Train.dataset={dict(cfg["Train"]["dataset"])}', 'Loss.loss_config_list=[DistillationCTCLoss: {weight: 1.0, model_name_list: [Student, Twin], key: head_out}]', f'Global.save_model_dir={tmp_path}'])
     with pytest.raises(UserError, match='Train.dataset has no labels, so a frozen teacher has to teach'): experiment(alone)
+
+def test_the_quickest_turn_counts(monkeypatch):
+    "The networks take turns; each costs what this clock says, and the first turn is left out"
+    now,costs = [0.], dict(slow=iter([.1, 3., 2., 4.]), quick=iter([9., 1., 5., .5]))
+    class Net(torch.nn.Module):
+        def __init__(self, name): super().__init__(); self.name = name
+        def forward(self, x): now[0] += next(costs[self.name])
+    monkeypatch.setattr(evaluation.time, 'perf_counter', lambda: now[0])
+    assert evaluation.ms_per_image(dict(slow=Net('slow'), quick=Net('quick')), torch.zeros(4, 1), rounds=3, most=99) == dict(slow=500., quick=125.)

@@ -114,18 +114,14 @@ def test_ratio_list(folder):
     assert [whole[i]['label'] for i in range(len(whole))] == labels
 
 def test_a_million_lines(tmp_path):
-    "A list costs about the bytes of its file again, and seconds"
+    "A list costs about the bytes of its file again"
     f = tmp_path/'l.txt'
     f.write_text(''.join(f'pictures/{i//1000:04d}/{i:07d}.jpg\tword{i%1000}\n' for i in range(1_000_000)))
-    start = time.perf_counter()
     source = label_files(f, tmp_path)
-    took = time.perf_counter()-start
-    assert len(source)==1_000_000 and took < 20
+    assert len(source)==1_000_000
     assert len(source.data[0])+source.table.nbytes+source.rows.nbytes < 90e6
     with pytest.raises(UserError, match=r'l.txt:765433: .*pictures/0765/0765432.jpg: No such file'): source[765432]
-    start = time.perf_counter()
-    batch = next(iter(loader.batch_order(SampleSet(source, [], ['image']), 128, True, True, False)))
-    assert len(batch)==128 and time.perf_counter()-start < 5
+    assert len(next(iter(loader.batch_order(SampleSet(source, [], ['image']), 128, True, True, False))))==128
 
 
 # LMDB
