@@ -22,7 +22,7 @@ from ..rec.labels import Alphabet
 from ..rec.nets import Sliced, ppocrv3_rec, ppocrv4_rec
 from .fused import load_fused
 from .released import TEACHERS, teacher_file
-from .weights import load_onnx, match_layers, onnx_weights
+from .weights import load_onnx, match_layers, onnx_graph, onnx_weights
 
 # %% ../../nbs/use/02_teachers.ipynb #fc1cfb0e
 def onnx_session(
@@ -133,23 +133,27 @@ def load_teacher(
 def _with_weights(path, return_all_feats):
     "The net, or None and why it is not one of ours"
     weights = onnx_weights(path)
-    if any(k.startswith(AFFINE) for k in weights): return _fused(path, weights, return_all_feats)
+    if any(k.startswith(AFFINE) for k in weights): return _fused(path, return_all_feats)
     tries = [(net, match_layers(net, weights)[1]) for net in _candidates(weights, path, return_all_feats)]
     net,wrong = min(tries, key=lambda o: len(o[1]))
     return (None,'; '.join(wrong)) if wrong else (load_onnx(net, path),'')
 
 AFFINE = 'mobile_one_block_','learnable_affine_block_' # What the layers of branches are called in PP-OCRv4 and in v5
 
-def _fused(path, weights, return_all_feats):
+def _fused(path, return_all_feats):
     "PP-OCRv4 or v5, as it was released: with its branches added up"
-    is_det = any(k.startswith('conv2d_transpose_') for k in weights)
-    net = ppocrv4_det(True) if is_det else ppocrv4_rec(len(Alphabet.from_onnx(path)), return_all_feats, True)
+    if _enlarges(path): net = ppocrv4_det(True)
+    else: net = ppocrv4_rec(len(Alphabet.from_onnx(path)), return_all_feats, True)
     try: return load_fused(net, path),''
     except UserError as e: return None,str(e)
 
+def _enlarges(path):
+    "Is it a detector, whose head enlarges a map?"
+    return any(n.op_type=='ConvTranspose' for n in onnx_graph(path).node)
+
 def _candidates(weights, path, return_all_feats):
     "Networks whose weights these may be"
-    if any(k.startswith('conv2d_transpose_') for k in weights): return [ppocrv3_det(), server_det()]
+    if _enlarges(path): return [ppocrv3_det(), server_det()]
     classes = len(Alphabet.from_onnx(path)) if weights else 6625
     return [ppocrv3_rec(classes, return_all_feats)]
 
