@@ -230,7 +230,8 @@ def main():
     def measured(seed, epochs, methods):
         students = {m: (m, weights['made'][m]['weight']) for m in methods}
         return {n: right(net, slice(1200, None)) for n,net in side_by_side(students, seed, epochs, a.labels).items()}
-    res = dict(command=' '.join(['python -m benchmarks.methods', *sys.argv[1:]]), machine=machine(), torch=torch.__version__, labels=a.labels, epochs=a.epochs)
+    said = ['FOLDER' if o==str(a.out) else o for o in sys.argv[1:]]
+    res = dict(command=' '.join(['python -m benchmarks.methods', *said]), machine=machine(), torch=torch.__version__, labels=a.labels, epochs=a.epochs)
     res |= dict(costs=costs['made'], weights=weights['made'], runs={}, cpu_seconds={'choosing weights': weights['cpu_seconds']})
     res['teacher'] = right(teachers()['Teacher'], slice(1200, None))
     for times in ([1, a.longer] if a.longer else [1]):
