@@ -439,7 +439,7 @@ def _operation_value(config, names, key, default):
 def _picture_shape(config):
     if task(config)=='rec':
         return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
-    height,width = _operation_value(config, ('EastRandomCropData',), 'size', (640,640))
+    height,width = _operation_value(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
     return 3,int(height),int(width)
 
 # %% ../../nbs/config/09_assembly.ipynb #cd5c1e2d

@@ -7,9 +7,9 @@ Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 # %% auto #0
 __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'LOSS_KEYS', 'LOSS_NAMES', 'keep_keys',
            'target_places', 'many_heads', 'has_many_heads', 'Rows', 'pairs_of', 'ctc_row', 'sar_row', 'nrtr_row',
-           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'looks_twice', 'check_main_loss', 'db_row',
-           'dila_row', 'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row',
-           'row_terms', 'build_terms', 'build_loss']
+           'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'det_head', 'looks_twice',
+           'check_main_loss', 'db_row', 'dila_row', 'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone',
+           'weight_of', 'checked_row', 'row_terms', 'build_terms', 'build_loss']
 
 # %% ../../nbs/config/04_losses.ipynb #9767a4d3
 import inspect
@@ -25,8 +25,8 @@ from ..terms import Term
 from .networks import characters, net_names, task
 from .registry import HEADS, LOSSES, Registry, WEIGHTS, arguments, build, called
 from .values import Section, Trying
-from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_shrink, db_threshold, dila_db
-from ..det.losses import dkd_maps, dml_maps, kl_maps
+from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_focal, db_loss, db_shrink
+from ..det.losses import db_threshold, dila_db, dkd_maps, dml_maps, focal_binary, focal_shrink, kl_maps
 from ..rec.labels import SARClasses
 from ..rec.losses import ctc_logits_kd, ctc_loss, gtc_dkd, gtc_kl, nrtr_loss
 from ..rec.sar import sar_loss
@@ -210,22 +210,27 @@ def ctc_logits_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_h
 # %% ../../nbs/config/04_losses.ipynb #8f0ef7a8
 SHRINK,THRESHOLD = ['shrink_map','shrink_mask'],['threshold_map','threshold_mask']
 
-def looks_twice(
+def det_head(
     config:dict, net:str, # The whole configuration, and one of its networks
-)->bool:
-    "Does a detector's head draw its map a second time?"
+)->dict: # Empty where the configuration says nothing of it
+    "The section of a detector's head"
     arch = config.get('Architecture') or {}
     models = arch.get('Models') or {'Model': arch}
     part = models.get(net) if isinstance(models, dict) else None
     if isinstance(part, dict) and not part.get('Head'): part = models.get(str(part.get('init')))
     head = part.get('Head') if isinstance(part, dict) else None
-    name = head.get('name') if isinstance(head, dict) else None
-    return bool(getattr(HEADS['det'].get(str(name)), 'looks_twice', False))
+    return head if isinstance(head, dict) else {}
+
+def looks_twice(
+    config:dict, net:str, # The whole configuration, and one of its networks
+)->bool:
+    "Does a detector's head draw its map a second time?"
+    return bool(getattr(HEADS['det'].get(str(det_head(config, net).get('name'))), 'looks_twice', False))
 
 # %% ../../nbs/config/04_losses.ipynb #fada6db5
-def check_main_loss(name):
+def check_main_loss(name, more=()):
     "A loss of the shrink map by its name"
-    known = [*MAP_LOSSES, *PIXEL_LOSSES]
+    known = [*MAP_LOSSES, *PIXEL_LOSSES, *more]
     if name not in known: raise unknown('main loss', name, known, 'main_loss_type')
 
 def _db_terms(rows, net, key, name, balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps):
@@ -296,9 +301,33 @@ def nrtr_alone(rows, smoothing=True, ignore_index:int=0):
         ignore_index=ignore_index)]
 
 def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:float=5, beta:float=10,
-    ohem_ratio:float=3, eps:float=1e-6):
+    ohem_ratio:float=3, eps:float=1e-6, aux_weight_p4:float=0, aux_weight_p3:float=0, aux_weight_p2:float=0,
+    focal_alpha:float=.25, focal_gamma:float=2., dice_weight:float=1., focal_weight:float=1.):
     "DBLoss"
-    return _db_terms(rows, 'Model', 'maps', 'loss', balance_loss, main_loss_type, alpha, beta, ohem_ratio, eps)
+    check_main_loss(main_loss_type, ['DiceFocalLoss'])
+    if main_loss_type=='DiceFocalLoss':
+        focal = dict(focal_alpha=focal_alpha, focal_gamma=focal_gamma, dice_weight=dice_weight, focal_weight=focal_weight)
+        whole = partial(db_focal, alpha=alpha, beta=beta, eps=eps, **focal)
+        terms = _focal_terms(rows, alpha, beta, eps, focal)
+    else:
+        whole = partial(db_loss, alpha=alpha, beta=beta, balance=balance_loss, main=main_loss_type,
+            ohem_ratio=ohem_ratio, eps=eps)
+        usual = balance_loss,main_loss_type,alpha,beta,ohem_ratio,eps
+        terms = _db_terms(rows, 'Model', 'maps', 'loss', *usual)
+    return terms + _aux_terms(rows, whole, dict(p4=aux_weight_p4, p3=aux_weight_p3, p2=aux_weight_p2))
+
+def _focal_terms(rows, alpha, beta, eps, focal):
+    if looks_twice(rows.config, 'Model'): raise UserError("DiceFocalLoss is for DBHead, not for a head that looks twice")
+    address = ['Model.maps']
+    return [rows.term(focal_shrink, address, 'loss_shrink_maps', SHRINK, alpha=alpha, eps=eps, **focal),
+            rows.term(db_threshold, address, 'loss_threshold_maps', THRESHOLD, beta=beta, eps=eps),
+            rows.term(focal_binary, address, 'loss_binary_maps', SHRINK, eps=eps, **focal)]
+
+def _aux_terms(rows, whole, weights):
+    "The whole loss once more for the maps of each auxiliary head; PaddleOCR logs it without its weight"
+    if not det_head(rows.config, 'Model').get('aux_in_channels'): return []
+    return [rows.term(whole, [f'Model.aux_maps_{p}'], f'loss_aux_maps_{p}', [*THRESHOLD, *SHRINK], weight=w)
+        for p,w in weights.items() if w>0]
 
 def _alone_at(rows, head): return f'Model.{head}' if rows.in_multi_loss or many_heads(rows.config, 'Model') else 'Model'
 
