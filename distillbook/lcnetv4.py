@@ -1,4 +1,4 @@
-"""Reference. PP-OCRv6's backbone: three sizes, one form for lines and one for pages, and a layer of branches of its own.
+"""Reference. PP-OCRv6's backbone: three sizes, a form for lines and one for pages, a layer of branches of its own.
 
 Docs: https://distillbook.github.io/distillbook/learning/lcnetv4.html.md"""
 
@@ -139,7 +139,7 @@ class PPLCNetV4(nn.Module):
         if model_size not in list(STAGES[kind]): raise unknown('model_size', model_size, STAGES[kind])
         stages,self.det = STAGES[kind][model_size],det
         n = stages[0][0]
-        stem,name = (SplitStem, 'stem') if det else (plain_stem if model_size=='tiny' else SplitStem, 'conv1')
+        stem,name = plain_stem if kind=='rec' and model_size=='tiny' else SplitStem,'stem' if det else 'conv1'
         self.add_module(name, stem(n//2, n))
         self.stages = [name]
         for i,((nf,blocks),stride) in enumerate(zip(stages, STRIDES[kind])):

@@ -22,7 +22,7 @@ from ..nets import look_up
 from ..terms import Term
 
 # %% ../../nbs/config/04_losses.ipynb #13fa6119
-from .networks import characters, net_names, task
+from .networks import all_names, characters, ema_names, net_names, task
 from .registry import HEADS, LOSSES, Registry, WEIGHTS, arguments, build, called
 from .values import Section, Trying
 from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_focal, db_loss, db_shrink
@@ -84,7 +84,7 @@ def many_heads(
     config:dict, net:str, # The whole configuration, and one of its networks
 )->bool: # None where the configuration says nothing of the network
     "Has a network's head several outputs?"
-    arch = config.get('Architecture') or {}
+    arch,net = config.get('Architecture') or {},ema_names(config).get(net, net)
     part = (arch.get('Models') or {}).get(net) if 'Models' in arch else arch
     if not isinstance(part, dict) or not part: return None
     if not (part.get('Backbone') or part.get('Head')):
@@ -267,8 +267,8 @@ def term_row(rows):
     row = rows.section
     fn,on = LOSSES.find(row.get('loss'), row, 'loss'),row.names('on')
     for address in on:
-        if rows.config.get('Architecture') and address.partition('.')[0] not in net_names(rows.config):
-            raise row.unknown('net', address.partition('.')[0], net_names(rows.config), 'on')
+        if rows.config.get('Architecture') and address.partition('.')[0] not in all_names(rows.config):
+            raise row.unknown('net', address.partition('.')[0], all_names(rows.config), 'on')
     names,taken = list(inspect.signature(fn).parameters),len(on)
     targets = row.names('targets', None)
     if targets is None: targets = [n for n in names[taken:] if n in rows.places]
@@ -306,7 +306,8 @@ def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:
     "DBLoss"
     check_main_loss(main_loss_type, ['DiceFocalLoss'])
     if main_loss_type=='DiceFocalLoss':
-        focal = dict(focal_alpha=focal_alpha, focal_gamma=focal_gamma, dice_weight=dice_weight, focal_weight=focal_weight)
+        focal = dict(focal_alpha=focal_alpha, focal_gamma=focal_gamma)
+        focal |= dict(dice_weight=dice_weight, focal_weight=focal_weight)
         whole = partial(db_focal, alpha=alpha, beta=beta, eps=eps, **focal)
         terms = _focal_terms(rows, alpha, beta, eps, focal)
     else:
@@ -317,7 +318,7 @@ def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:
     return terms + _aux_terms(rows, whole, dict(p4=aux_weight_p4, p3=aux_weight_p3, p2=aux_weight_p2))
 
 def _focal_terms(rows, alpha, beta, eps, focal):
-    if looks_twice(rows.config, 'Model'): raise UserError("DiceFocalLoss is for DBHead, not for a head that looks twice")
+    if looks_twice(rows.config, 'Model'): raise UserError("DiceFocalLoss is not for a head that looks twice")
     address = ['Model.maps']
     return [rows.term(focal_shrink, address, 'loss_shrink_maps', SHRINK, alpha=alpha, eps=eps, **focal),
             rows.term(db_threshold, address, 'loss_threshold_maps', THRESHOLD, beta=beta, eps=eps),
@@ -364,7 +365,7 @@ def checked_row(
 def _check_networks(row):
     "The networks of a row are there"
     for key in ('key','dis_head','name'): row.read(key, str, None)
-    known = net_names(row.config) if row.config.get('Architecture') else None
+    known = all_names(row.config) if row.config.get('Architecture') else None
     nets = row.names('model_name_list', []) if 'model_name_list' in row else []
     if 'model_name_pairs' in row:
         with row.blame('model_name_pairs'): nets = sum(pairs_of(row.get('model_name_pairs')), [])

@@ -6,9 +6,9 @@ Docs: https://distillbook.github.io/distillbook/config/networks.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'DICTIONARIES', 'TASKS', 'NET_KEYS', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'EXTRA_KEYS', 'LEFT_BEHIND',
-           'existing', 'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'build_rec', 'build_det',
-           'build_network', 'load_into', 'as_released', 'DistillationModel', 'own_weights', 'build_networks',
-           'left_behind', 'build_model']
+           'existing', 'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'ema_names', 'all_names',
+           'build_rec', 'build_det', 'build_network', 'load_into', 'as_released', 'DistillationModel', 'own_weights',
+           'build_networks', 'left_behind', 'build_model']
 
 # %% ../../nbs/config/03_networks.ipynb #f7dbdfef
 import copy, glob, hashlib, logging, re
@@ -134,6 +134,18 @@ def net_names(
     for name in models or ():
         if not is_name(name): raise arch.refuse(f"the name of a network is wanted: {NAMES}; not {name!r}", 'Models')
     return list(models or ['Model'])
+
+# %% ../../nbs/config/03_networks.ipynb #99bdb39f
+def ema_names(
+    config:dict, # The whole configuration
+)->dict: # Name of each mean over time to the network whose mean it is
+    "The means that `Global.use_ema` asks for"
+    if not Section(config).maybe('Global').read('use_ema', bool, False) or not config.get('Architecture'): return {}
+    if 'Models' not in config['Architecture']: return dict(EMA='Model')
+    def learns(n): return not Section(config, 'Architecture', 'Models', n).read('freeze_params', bool, False)
+    return {f'{n}_EMA': n for n in net_names(config) if learns(n)}
+
+def all_names(config)->list: return [*net_names(config), *ema_names(config)]
 
 # %% ../../nbs/config/03_networks.ipynb #0429ffc7
 NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform',

@@ -234,7 +234,8 @@ from ..rec import backbone as rec_backbone, lightsvtr, neck as rec_neck, nets as
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets, replk
 
 # %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
-BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, lcnetv4.PPLCNetV4)} # For lines, and with `det` for pages
+BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, # For lines, and with `det` for pages
+    lcnetv4.PPLCNetV4)}
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
         PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, **BOTH),
@@ -264,7 +265,8 @@ LOSSES = Registry('loss',
     **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss,
         rec_losses.nrtr_loss, rec_losses.gtc_kl, rec_losses.gtc_dkd)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss,
-        det_losses.db_cbn, det_losses.db_focal, det_losses.dice_focal, det_losses.masked_focal, det_losses.kl_maps, det_losses.dkd_maps)})
+        det_losses.db_cbn, det_losses.kl_maps, det_losses.dkd_maps)},
+    **{f.__name__: f for f in (det_losses.db_focal, det_losses.dice_focal, det_losses.masked_focal)})
 
 # %% ../../nbs/config/02_registry.ipynb #85f49b94
 from ..rec import decode

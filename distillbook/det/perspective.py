@@ -1,4 +1,4 @@
-"""What PP-OCRv6 adds to a page's changes: a camera that is not straight above it, and a window at any place of its canvas.
+"""What PP-OCRv6 adds to a page's changes: a camera that is not above it, and a window anywhere on its canvas.
 
 Docs: https://distillbook.github.io/distillbook/det/perspective.html.md"""
 
@@ -10,7 +10,6 @@ __all__ = ['tilted', 'through', 'warp_through', 'RandomPerspective', 'clip_polyg
 # %% ../../nbs/det/03b_perspective.ipynb #ffed4cab
 import math
 import cv2, numpy as np
-from fastcore.basics import patch
 from ..core import UserError
 from .augment import EastRandomCropData, fit_points, number_range
 

@@ -8,9 +8,7 @@ Docs: https://distillbook.github.io/distillbook/det/replk.html.md"""
 __all__ = ['COMPANIONS', 'with_holes', 'DilatedReparamBlock', 'whole_in_training', 'RepLKFPN', 'LargeConv', 'RepLKPAN']
 
 # %% ../../nbs/det/06b_replk.ipynb #ee590768
-import torch, torch.nn.functional as F
 from torch import nn
-from fastcore.basics import patch
 from ..core import UserError
 from ..reparam import Branched, as_kernel, centred, spread_over
 from .backbone import SE

@@ -8,7 +8,6 @@ Docs: https://distillbook.github.io/distillbook/rec/lightsvtr.html.md"""
 __all__ = ['LightSVTR', 'GuideLayer']
 
 # %% ../../nbs/rec/05b_lightsvtr.ipynb #d2fb7e7d
-import torch
 from torch import nn
 from ..core import UserError
 from .neck import SVTRBlock, as_sequence, conv_silu, init_linear, of_rows
@@ -61,6 +60,8 @@ class GuideLayer(nn.Sequential):
             layer = nn.Conv1d(n, n, ks, padding=ks//2, groups=groups, bias=False)
             nn.init.kaiming_normal_(layer.weight)
             return layer
-        super().__init__(conv(ks, n), nn.BatchNorm1d(n), nn.Hardswish(), conv(1, 1), nn.BatchNorm1d(n), nn.Hardswish())
+        look = conv(ks, n),nn.BatchNorm1d(n),nn.Hardswish()
+        mix = conv(1, 1),nn.BatchNorm1d(n),nn.Hardswish()
+        super().__init__(*look, *mix)
 
     def forward(self, x): return super().forward(x.transpose(1, 2)).transpose(1, 2)

@@ -71,7 +71,8 @@ def fused_state(
     theirs,norms,state,before = deque(used_in_order(path)),norms_in(path),{},None
     ours = called_in_order(net, x)
     for name,m in ours:
-        if isinstance(m, NORMS) and not (theirs and theirs[0][0] in norms): found = _no_norm(m, before, theirs, path, name)
+        absent = isinstance(m, NORMS) and not (theirs and theirs[0][0] in norms)
+        if absent: found = _no_norm(m, before, theirs, path, name)
         else: found = {leaf: _take(theirs, t, m, f'{name}.{leaf}', path) for leaf,t in _in_file_order(m)}
         state |= {f'{name}.{leaf}': t for leaf,t in found.items()}
         before = m
@@ -91,7 +92,7 @@ def _take(theirs, t, m, mine, path):
     return w.reshape(t.shape)
 
 def _no_norm(bn, before, theirs, path, name):
-    "A batch norm that the file has not: it does nothing, but for the bias of the convolution before it, if that has none"
+    "A batch norm that the file has not: it does nothing but add the bias that the convolution before it has not"
     has_bias = getattr(before, 'bias', None) is not None
     bias = torch.zeros_like(bn.bias) if has_bias else _take(theirs, bn.bias, bn, f'{name}.bias', path)
     scale = torch.full_like(bn.weight, (1+bn.eps)**.5)
