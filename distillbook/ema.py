@@ -80,7 +80,7 @@ class EMA(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if self.run and not get_model(self.learn.model).means:
-            raise UserError("EMA: none of the networks is the mean of another; follow(nets, {'EMA': 'Student'}) adds one")
+            raise UserError("EMA: no network here is the mean of another; follow(nets, {'EMA': 'Student'}) adds one")
 
     @torch.no_grad()
     def after_batch(self):

@@ -111,7 +111,7 @@ def test_a_frozen_teacher_beside_it_has_only_its_hash():
     assert list(frozen_hashes(nets))==['Teacher'] and {k.partition('.')[0] for k in without_frozen(nets)}=={'Student','EMA'}
     for means in (dict(Mean='Teacher'), dict(Student='Student')):
         with pytest.raises(UserError, match='cannot be the mean of'): follow(nets, means)
-    with pytest.raises(UserError, match='none of the networks is the mean'):
+    with pytest.raises(UserError, match='no network here is the mean'):
         ds = TensorDataset(torch.randn(8,4), torch.zeros(8, dtype=torch.long))
         distill_learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4)), dict(A=mlp()), [Term(F.cross_entropy, 'A')], cbs=EMA()).fit(1)
 

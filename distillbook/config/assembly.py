@@ -207,6 +207,7 @@ def fresh(
 # %% ../../nbs/config/09_assembly.ipynb #35267aa2
 def as_nets(model)->Nets: return model if isinstance(model, Nets) else Nets(dict(Model=model))
 
+# %% ../../nbs/config/09_assembly.ipynb #43c39635
 def with_means(config, model):
     "With the means over time that `Global.use_ema` asks for"
     means = ema_names(config)
@@ -219,6 +220,7 @@ def ema_settings(config)->dict: # For `EMA`
     with g.blame('ema_decay_type' if 0<=settings['decay']<1 else 'ema_decay'): Shares(**settings)
     return settings
 
+# %% ../../nbs/config/09_assembly.ipynb #2c76aece
 def frozen_elsewhere(path)->list:
     "The networks that a checkpoint names without holding them"
     if Path(path).suffix!='.pth' or not Path(path).is_file(): return []
@@ -447,7 +449,8 @@ def outline(
     config = usable(config)
     arch = _without_cache(config['Architecture'])
     whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None}, Architecture=arch)
-    exp = Experiment(nets=as_nets(with_means(config, build_model(whole))), terms=build_terms(config), dls=None, sources=sources_of(config),
+    nets = as_nets(with_means(config, build_model(whole)))
+    exp = Experiment(nets=nets, terms=build_terms(config), dls=None, sources=sources_of(config),
         example=example_batch(config))
     exp.pictures = Pictures(task=task(config), cost_shape=_picture_shape(config))
     return exp

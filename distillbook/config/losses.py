@@ -317,6 +317,7 @@ def db_alone(rows, balance_loss:bool=True, main_loss_type:str='DiceLoss', alpha:
         terms = _db_terms(rows, 'Model', 'maps', 'loss', *usual)
     return terms + _aux_terms(rows, whole, dict(p4=aux_weight_p4, p3=aux_weight_p3, p2=aux_weight_p2))
 
+# %% ../../nbs/config/04_losses.ipynb #9799717f
 def _focal_terms(rows, alpha, beta, eps, focal):
     if looks_twice(rows.config, 'Model'): raise UserError("DiceFocalLoss is not for a head that looks twice")
     address = ['Model.maps']
