@@ -108,6 +108,7 @@ def head_output(
     "The output that a decoder reads"
     head = getattr(decoder, 'head', 'ctc') # None: a decoder of the whole output, as a detector's
     if head is None: return pred
+    if isinstance(pred, (tuple,list)): pred = pred[-1] # Features and logits of a head with `return_feats`
     if isinstance(pred, dict) and key in pred: pred = pred[key]
     if isinstance(pred, dict) and 'head_out' in pred: pred = pred['head_out']
     if not isinstance(pred, dict): return pred
