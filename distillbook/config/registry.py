@@ -231,17 +231,19 @@ def build(
     return called(entry, arguments(entry, section, skip, ignored, **given), section)
 
 # %% ../../nbs/config/02_registry.ipynb #56b9753c
-from .. import backbones, lcnetv4
-from ..rec import backbone as rec_backbone, lightsvtr, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet
+from .. import backbones, hgnetv2, lcnetv4, repvit
+from ..rec import backbone as rec_backbone, lightsvtr, neck as rec_neck, nets as rec_nets, nrtr, sar
+from ..rec import svtrnet, svtrv2
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets, replk
 
 # %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
 BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, # For lines, and with `det` for pages
-    lcnetv4.PPLCNetV4)}
+    hgnetv2.PPHGNetV2_B4, lcnetv4.PPLCNetV4)}
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
-        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, **BOTH),
-    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, **BOTH))
+        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, SVTRv2=svtrv2.SVTRv2,
+        RepSVTR=repvit.RepSVTR, **BOTH),
+    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, RepSVTR_det=repvit.RepSVTR_det, **BOTH))
 ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
     svtr=rec_neck.EncoderWithSVTR, lightsvtr=lightsvtr.LightSVTR)
 NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),

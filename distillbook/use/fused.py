@@ -1,4 +1,4 @@
-"""PP-OCRv4 was released as it is used, its branches added up. Here it becomes a network that learns.
+"""PP-OCRv4 and v5 were released as they are used, branches added up. Here they become networks that learn.
 
 Docs: https://distillbook.github.io/distillbook/use/fused.html.md"""
 
