@@ -21,11 +21,13 @@ def test_ppocrv6_recogniser_trained_for_an_epoch(size, words, tmp_path):
     "Lines of several heights, CTC with its light neck or its guide, NRTR beside it"
     ctc = dict(tiny='{Neck: {name: reshape}, Head: {mid_channels: 8, use_guide: true, fc_decay: 0.00001}}', small='{Neck: {name: lightsvtr, dims: 16, depth: 1, mlp_ratio: 2.0, local_kernel: 7}, Head: {fc_decay: 0.00001}}')[size]
     head = f'[CTCHead: {ctc}, NRTRHead: {{nrtr_dim: 32, num_decoder_layers: 1, max_text_length: 25}}]'
-    cfg = on_lines(words, tmp_path/'run', CONFIGS/'ppocrv6.yml', ['Architecture.Backbone.model_size=tiny', f'Architecture.Head.head_list={head}', 'Train.sampler.first_bs=4', 'Global.cal_metric_during_train=true'])
+    cfg = on_lines(words, tmp_path/'run', CONFIGS/'ppocrv6.yml', ['Architecture.Backbone.model_size=tiny', f'Architecture.Head.head_list={head}', 'Train.sampler.first_bs=4', 'Global.cal_metric_during_train=true', f"Global.use_ema={size=='small'}"])
     learn = train(experiment(cfg))
     losses = torch.stack(list(learn.term_recorder.steps))
     assert [t.name for t in learn.term_recorder.terms.terms]==['CTCLoss','NRTRLoss'] and len(losses)>1 and losses.isfinite().all()
-    assert json.loads((tmp_path/'run/summary.json').read_text())['networks']['Model']
+    networks = json.loads((tmp_path/'run/summary.json').read_text())['networks']
+    assert list(networks)==(['Model','EMA'] if size=='small' else ['Model'])
+    assert ('acc: ' in (tmp_path/'run/train.log').read_text()) and (size=='tiny' or 'Model_acc: ' in (tmp_path/'run/train.log').read_text())
 
 
 # %% enhanced CTC
