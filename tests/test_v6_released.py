@@ -6,12 +6,15 @@ from distillbook.config.networks import DICTIONARIES, characters
 from distillbook.core import UserError
 from distillbook.data.render import font_files, make_words
 from distillbook.det.losses import db_focal
+from distillbook.det.nets import DBHead, DetModel
+from distillbook.det.replk import RepLKPAN
 from distillbook.det.render import render_page
+from distillbook.lcnetv4 import PPLCNetV4
 from distillbook.rec.labels import Alphabet
 from distillbook.rec.losses import ctc_loss
 from distillbook.rec.nets import ppocrv6_rec
 from distillbook.reparam import fuse
-from distillbook.use.export import export_onnx, open_onnx
+from distillbook.use.export import export_onnx, inference_net, open_onnx
 from distillbook.use.fused import load_fused, made_pictures, used_in_order
 from distillbook.use.released import TEACHERS, teacher_file
 from distillbook.use.teachers import load_teacher, onnx_session
@@ -106,3 +109,13 @@ def test_exported_again(nets, name, tmp_path):
     got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     with torch.no_grad(): assert np.abs(answer(nets[name], x).numpy()-got).max()<1e-4
     assert path.stat().st_size < 1.1*TEACHERS[name].size+2e5
+
+def test_the_neck_of_the_medium_detector_is_exported(tmp_path):
+    "Nobody has released its weights in a wheel, and it leaves all the same"
+    torch.manual_seed(0)
+    backbone = PPLCNetV4('tiny', det=True)
+    net = DetModel(backbone, RepLKPAN(backbone.out_channels, 16, intracl=True), DBHead(16, aux_in_channels=16)).eval()
+    session,_ = open_onnx(export_onnx(net, tmp_path/'net.onnx', task='det', shape=(3,None,None)), 1)
+    got = session.run(None, {session.get_inputs()[0].name: pages().numpy()})[0]
+    assert got.shape==(1,1,160,256) # Its numbers were compared when it was written
+    assert not any('dil_' in k or 'aux_' in k for k in inference_net(net, 'det').state_dict())
