@@ -375,8 +375,9 @@ def attention_transfer(
 
 def _places(name, x, mask, ignore_index):
     "A mask of the places of a picture, at its own size, bool [N,h,w]"
-    if mask is None or mask.ndim not in (3,4): return counting(name, mask, (len(x),'h','w'), ignore_index)
-    return counting(name, mask, (len(x), *mask.shape[-2:]), ignore_index)
+    if mask is not None and mask.ndim==4: mask = mask.squeeze(1)
+    size = mask.shape[1:] if mask is not None and mask.ndim==3 else ('h','w')
+    return counting(name, mask, (len(x), *size), ignore_index)
 
 def _at_size(mask, x):
     "The places of features that count: those that any counting pixel falls into"

@@ -24,7 +24,7 @@ from distillbook.use.export import export_onnx
 import distillbook.config.assembly, distillbook.use.report, distillbook.use.given # A training forked from here has everything already
 import hostile
 
-LINES,EPOCHS = 12,3 # Batches of two: 18 steps, each measured and saved
+LINES,EPOCHS = 10,2 # Batches of two: 10 steps, each measured and saved
 
 
 # %% trainings
@@ -63,7 +63,7 @@ def teacher(d):
 def pages(d):
     "Two small detectors and their teacher"
     cfg = json.loads(json.dumps(load_config('det/ppocrv3_cml')))
-    cfg['Global'].update(use_gpu=False, epoch_num=2, print_batch_step=2, eval_batch_step=[0,1], threads=1)
+    cfg['Global'].update(use_gpu=False, epoch_num=EPOCHS, print_batch_step=2, eval_batch_step=[0,1], threads=1)
     for m in cfg['Architecture']['Models'].values(): m.update(Backbone=dict(name='MobileNetV3', scale=.35, model_name='small', disable_se=True), Neck=dict(name='RSEFPN', out_channels=32, shortcut=True), Head=dict(name='DBHead', k=50))
     cfg['Architecture']['Models']['Teacher']['pretrained'] = 'none'
     sizes = dict(EastRandomCropData=dict(size=[64,64], max_tries=5, keep_ratio=True), DetResizeForTest=dict(limit_side_len=64))
@@ -132,8 +132,6 @@ def nobody_left(pid, seconds=20):
         time.sleep(.05)
     return False
 
-def being_written(run): return any(run.glob('.*.pth')) or any(run.glob('.*.csv'))
-
 def moment(rng, run, pid, seconds):
     "Wait for a moment anywhere in a training, or in the midst of the writing of a file"
     before,end = set(run.glob('.*')),time.time()+rng.uniform(0, seconds)
@@ -163,9 +161,11 @@ def lasting(o):
 def table(run): return [','.join(l.split(',')[:-1]) for l in (run/'metrics.csv').read_text().splitlines()]
 def answers(run): return {p.name: {k.hex(): {n: torch.tensor(v) for n,v in (o.get(k) or {}).items()} for k in o.offsets} for p in run.glob('answers/*.bin') for o in [Answers(p, json.loads(p.read_bytes().split(b'\n')[0].removeprefix(Answers.mark))['about'])]}
 
+PUT_ASIDE = 'earlier_best_accuracy.pth', # Of a training that was killed between its first best state and its first last one, and so begins anew
+
 def difference(whole, run):
     "What of a run is not as in the one that nobody touched, or ''"
-    files = [{p.relative_to(r).as_posix() for p in r.rglob('*') if p.is_file() and not p.name.startswith('.')} for r in (whole,run)]
+    files = [{p.relative_to(r).as_posix() for p in r.rglob('*') if p.is_file() and not p.name.startswith('.') and p.name not in PUT_ASIDE} for r in (whole,run)]
     if files[0]!=files[1]: return f'files: {sorted(files[0]^files[1])}'
     for name in sorted(n for n in files[0] if n.endswith('.pth')):
         if why := same(*(lasting(load_file(r/name)) for r in (whole,run))): return f'{name}{why}'
@@ -185,7 +185,7 @@ def where_it_was(run):
 # %% chains
 def chain(d, kind, rng, sig, seconds, most):
     "A training that is ended up to `most` times, and goes on each time: (where each one was, '' or what is wrong)"
-    run,found,planned = d/'cut',[],rng.randint(1, min(most, 6))
+    run,found,planned = d/'cut',[],min(most, rng.randint(3, 8))
     shutil.rmtree(run, ignore_errors=True)
     while True:
         pid,left = start(d, kind, run),set(run.glob('.*'))

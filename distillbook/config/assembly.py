@@ -79,7 +79,7 @@ def run_settings(
 # %% ../../nbs/config/09_assembly.ipynb #65857757
 PATHS = ('pretrained_model','checkpoints','pretrained_dict_path','infer_img','save_res_path','save_inference_dir',
     'pretrained','cache','data_dir','keep','label_file_list','save_model_dir')
-MADE = ('save_model_dir','save_res_path','save_inference_dir','cache','keep') # Of these the run may make what is not there
+MADE = 'save_model_dir','save_res_path','save_inference_dir','cache','keep' # These need not be there yet
 
 def _whole(value, folder):
     "A path, or a list of them, from the root; what is not there stays as it is"

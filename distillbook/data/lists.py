@@ -171,7 +171,8 @@ def fingerprint(self:LabelFiles)->str:
 
 # %% ../../nbs/data/00_lists.ipynb #71eaf61c
 META = struct.Struct('<16x II 16x I 44x 4x HH 32x QQQ') # Behind 16 bytes: see `Meta`
-PAGE,NODE = struct.Struct('<QxxHH'),struct.Struct('<HHHH') # Number, kind, end of its table; size in two halves, flags, key
+PAGE = struct.Struct('<QxxHH') # Number, kind, end of its table
+NODE = struct.Struct('<HHHH') # Size in two halves, flags, length of the key
 BRANCH,LEAF,OVERFLOW = 1,2,4 # Kinds of pages: of keys and pages, of keys and values, of one large value
 NO_PAGE = 2**64-1 # The root of an empty table
 

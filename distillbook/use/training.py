@@ -791,6 +791,7 @@ def _log_file(folder):
         log.setLevel(level)
         file.close()
 
+# %% ../../nbs/use/03_training.ipynb #95f33bd7
 def _begin(learn, exp):
     "Say what is going to happen, and on what"
     run = exp.run
