@@ -82,6 +82,11 @@ class Answers:
 @patch
 def scan(self:Answers)->bool: # Is there a torn record at the end?
     "Note the offsets of records that have come since the last scan"
+    try: return self._scan()
+    except OSError as e: raise UserError(f"{self.path} could not be read: {e.strerror}") from e
+
+@patch
+def _scan(self:Answers):
     if not os.path.exists(self.path):
         self.offsets.clear()
         self.end = 0

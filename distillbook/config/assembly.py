@@ -289,11 +289,15 @@ def check_teachers(
     if g.get('pretrained_model') or g.get('checkpoints'): return
     teaching = {a.partition('.')[0] for t in terms for a in t.addresses}
     for name,part in models.items():
-        loaded = part.get('pretrained') or part.get('init') # `none` is a word of the user's too
-        if loaded or not part.get('freeze_params') or name not in teaching: continue
+        if _is_loaded(models, name) or not part.get('freeze_params') or name not in teaching: continue
         raise Section(config, 'Architecture', 'Models', name).refuse("this network is frozen and teaches, but has no "
             "weights, and would teach what chance made of it: say which, or pretrained: none if that is meant",
             'pretrained')
+
+def _is_loaded(models, name):
+    "Has a network weights of its own, or those of one that has? `pretrained: none` is a word of the user's too"
+    part = models.get(name) or {}
+    return part.get('pretrained') or (part.get('init') and _is_loaded(models, part['init']))
 
 def rows_of(backbone, height:int)->int: # 0 where it fails
     "How many rows a backbone's map has for pictures of a height"

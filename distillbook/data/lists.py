@@ -272,7 +272,7 @@ def value(self:LMDBFile, number, page, place):
     return value
 
 # %% ../../nbs/data/00_lists.ipynb #e2bda1a7
-@lru_cache(4096)
+@lru_cache(128) # Files that are open at a time
 def _opened(path, stamp): return LMDBFile(path)
 
 def lmdb_values(
