@@ -299,6 +299,7 @@ def _is_loaded(models, name):
     part = models.get(name) or {}
     return part.get('pretrained') or (part.get('init') and _is_loaded(models, part['init']))
 
+# %% ../../nbs/config/09_assembly.ipynb #42b1ff34
 def rows_of(backbone, height:int)->int: # 0 where it fails
     "How many rows a backbone's map has for pictures of a height"
     was = backbone.training
