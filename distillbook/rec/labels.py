@@ -12,6 +12,7 @@ __all__ = ['LOST', 'Alphabet', 'read_characters', 'label_fault', 'encode_batch',
 # %% ../../nbs/rec/00_labels.ipynb #acbbbf1e
 import numpy as np, torch
 from collections import Counter
+from pathlib import Path
 from string import ascii_lowercase, digits
 from fastcore.basics import patch
 from ..core import UserError, check_file, file_bytes
