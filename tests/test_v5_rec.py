@@ -1,15 +1,14 @@
 "PP-OCRv5, SVTRv2 and RepSVTR as their users have them: configurations that train, and released weights that train"
 import copy, json, logging
 from pathlib import Path
-import numpy as np, pytest, torch
+import cv2, numpy as np, pytest, torch
 from torch import nn
-from distillbook.cache import folded
 from distillbook.config import build_model, experiment, load_config
 from distillbook.config.networks import characters, say_once
 from distillbook.core import UserError
 from distillbook.data.render import font_files, make_words
 from distillbook.det.losses import db_parts
-from distillbook.det.nets import ppocrv4_det
+from distillbook.det.nets import DetModel
 from distillbook.det.render import render_page
 from distillbook.rec.nets import ppocrv4_rec
 from distillbook.rec.render import fit_line, render_word
@@ -137,6 +136,24 @@ def test_the_released_detector_says_what_onnxruntime_says_and_trains(fused):
     assert loss.isfinite() and {k for k,p in net.named_parameters() if p.grad is None}==UNUSED and all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 UNUSED = {f'backbone.blocks{s}.0.dw_conv.act.lab.{k}' for s in (3,4,5,6) for k in ('scale','bias')} # Behind a stride of 2 there is no activation, in PaddleOCR either
+
+
+def a_seal(n):
+    "Red letters on the upper half of a circle, on white [n,n,3]"
+    strip = render_word('PRONGHORN SEAL', font_files('dejavu')[0], np.random.default_rng(0), n//8, n*8//5, noise=False)
+    y,x = np.mgrid[:n,:n].astype(np.float32)-n/2
+    along,up = (np.arctan2(y, x)+np.pi)/np.pi*.9*strip.shape[1],.39*n-np.hypot(x, y)
+    ink = cv2.remap(strip, along.astype(np.float32), up.astype(np.float32), cv2.INTER_LINEAR, borderValue=255)
+    page = np.full((n,n,3), 255, np.uint8)
+    page[(ink<128) & (y<0)] = 200,40,40
+    return cv2.circle(page, (n//2,n//2), n*3//7, (200,40,40), n//64)
+
+def test_a_detector_of_seals_is_that_of_pages():
+    net,session = load_teacher('PP-OCRv4_seal_det'),onnx_session(teacher_file('PP-OCRv4_seal_det'), 1)
+    x = ((torch.tensor(a_seal(384))/255-torch.tensor([.485,.456,.406]))/torch.tensor([.229,.224,.225])).permute(2,0,1)[None].float()
+    with torch.no_grad(): got = net(x)['maps'].numpy()
+    want = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert isinstance(net, DetModel) and want.max()>.9 and np.abs(got-want).max()<1e-4
 
 
 # %% dictionaries
