@@ -154,7 +154,7 @@ def test_a_page_without_words_is_trained_on_and_measured(pages):
 # %% networks
 def test_a_frozen_network_that_nobody_loaded_does_not_teach(inhome):
     frozen = ['Architecture.Models.Teacher.freeze_params=true', 'Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', 'Global.save_model_dir=never']
-    fails(inside('train', '-c', 'given.yml', '-o', *frozen), 'given.yml:3: Architecture.Models.Teacher.pretrained', 'this network is frozen and teaches, but has no weights', 'pretrained: none')
+    fails(inside('train', '-c', 'given.yml', '-o', *frozen), 'given.yml:3: Architecture.Models.Teacher.pretrained', 'this network is frozen and teaches, but has no weights', '-o Architecture.Models.Teacher.pretrained=none')
     exp = experiment(load_config('given.yml', [*frozen, 'Architecture.Models.Teacher.pretrained=none']))
     assert 'Teacher' in exp.nets.frozen and exp.sources['Teacher'].startswith('new')
 

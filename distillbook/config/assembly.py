@@ -7,8 +7,8 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'fresh',
            'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'begins_trained', 'without_labels',
-           'check_teachers', 'rows_of', 'check_heights', 'experiment', 'ready_networks', 'build_learner', 'outline',
-           'example_batch']
+           'untaught', 'how_to_load', 'check_teachers', 'rows_of', 'check_heights', 'experiment', 'ready_networks',
+           'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -32,7 +32,7 @@ from .losses import build_terms, target_places
 from .networks import build_model, build_networks, characters, dictionary, existing, folder_of
 from .networks import _is_there, left_behind, load_into, net_names, own_weights, task
 from .optimizer import build_optimizer, lr_schedule
-from .values import Config, Section
+from .values import Config, Section, Trying
 from ..det.operations import NormalizeImage
 from ..rec.labels import Alphabet, read_characters
 from ..rec.operations import RecResizeImg
@@ -275,22 +275,37 @@ def without_labels(
         ', '.join(t.name for t in kept))
     return kept
 
-# %% ../../nbs/config/09_assembly.ipynb #6fdc4890
+# %% ../../nbs/config/09_assembly.ipynb #b71f22c4
+def untaught(
+    config:dict, # The whole configuration
+    terms:list, # Of `Term`
+)->list: # Names
+    "Frozen networks that teach and that nobody has loaded"
+    g,models = Section(config).maybe('Global'),config['Architecture'].get('Models') or {}
+    if any(g.get(k) and not left_behind(g, k) for k in ('pretrained_model','checkpoints')): return []
+    teaching = {a.partition('.')[0] for t in terms for a in t.addresses}
+    def is_loaded(part): return part.get('pretrained') or part.get('init') # `none` is a word of the user's too
+    return [n for n in models if n in teaching and models[n].get('freeze_params') and not is_loaded(models[n])]
+
+def how_to_load(
+    net:Section, # A frozen network of `Models`
+)->str:
+    "What to write behind the command, to be pasted"
+    return f"{net.option('pretrained', 'FILE')}, or {net.option('pretrained', 'none')} to have it teach as chance made it"
+
 def check_teachers(
     config:dict, # The whole configuration
     terms:list, # Of `Term`
 ):
     "`UserError` if a frozen network teaches that nobody has loaded: PaddleOCR would train towards what chance made"
-    g,models = config.get('Global') or {},config['Architecture'].get('Models') or {}
-    if g.get('pretrained_model') or g.get('checkpoints'): return
-    teaching = {a.partition('.')[0] for t in terms for a in t.addresses}
-    for name,part in models.items():
-        loaded = part.get('pretrained') or part.get('init') # `none` is a word of the user's too
-        if loaded or not part.get('freeze_params') or name not in teaching: continue
-        raise Section(config, 'Architecture', 'Models', name).refuse("this network is frozen and teaches, but has no "
-            "weights, and would teach what chance made of it: say which, or pretrained: none if that is meant",
-            'pretrained')
+    trying = Trying()
+    for name in untaught(config, terms):
+        net = Section(config, 'Architecture', 'Models', name)
+        with trying():
+            raise net.refuse(f"this network is frozen and teaches, but has no weights: {how_to_load(net)}", 'pretrained')
+    trying.done()
 
+# %% ../../nbs/config/09_assembly.ipynb #6fdc4890
 def rows_of(backbone, height:int)->int: # 0 where it fails
     "How many rows a backbone's map has for pictures of a height"
     was = backbone.training
@@ -431,7 +446,8 @@ def outline(
 def _operation_value(config, names, key, default):
     "A setting of the first operation of a kind, wherever it stands"
     for side in (('Train',), *(eval_sides(config).values() if config.get('Eval') else ())):
-        for row in Section(config).maybe(*side, 'dataset').get('transforms') or []:
+        rows = Section(config).maybe(*side, 'dataset').get('transforms')
+        for row in rows if isinstance(rows, list) else []:
             for name in names:
                 if isinstance(row, dict) and isinstance(row.get(name), dict) and key in row[name]: return row[name][key]
     return default

@@ -11,7 +11,7 @@ __all__ = ['POST_KEYS', 'POST_IGNORED', 'METRIC_KEYS', 'PREFIX', 'decoder_of', '
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
 from .networks import characters, net_names, task
 from .registry import DECODERS, METRICS, arguments, build, called, parameters
-from .values import Section
+from .values import Section, Trying
 from ..core import unknown
 from ..use.training import NetMetrics
 
@@ -78,10 +78,12 @@ def decoded_nets(
     own = str(section.get('name')).startswith(PREFIX)
     several = 'Models' in config['Architecture'] if config.get('Architecture') else own
     if not several: return None
-    nets = section.names('model_name', ['student'] if own else net_names(config))
+    nets,trying = section.names('model_name', ['student'] if own else net_names(config)),Trying()
     for n in nets:
-        if config.get('Architecture') and n not in net_names(config):
-            raise section.unknown('net', n, net_names(config), 'model_name')
+        with trying():
+            if config.get('Architecture') and n not in net_names(config):
+                raise section.unknown('net', n, net_names(config), 'model_name')
+    trying.done()
     return nets
 
 def build_decoder(
@@ -90,8 +92,10 @@ def build_decoder(
     "From the networks' outputs to texts or boxes"
     # For recognition `decode(preds, label=None)`: `{net: [(text, confidence)]}`, with labels `{net: (reads, labels)}`;
     # for detection `decode(preds, shape)`: `{net: [dict(points, scores)]}`; without names, just these
-    section = Section(config).maybe('PostProcess')
-    decoder,nets,key = decoder_of(config),decoded_nets(config),section.get('key')
+    key,trying = Section(config).maybe('PostProcess').get('key'),Trying()
+    with trying(): decoder = decoder_of(config)
+    with trying(): nets = decoded_nets(config)
+    trying.done()
     if nets is None: return lambda preds, second=None: decoder(head_output(preds, None, decoder), second)
     return lambda preds, second=None: {n: decoder(head_output(preds[n], key, decoder), second) for n in nets}
 
@@ -127,26 +131,39 @@ def check_evaluation_keys(
     "Refuse unknown keys of `PostProcess` and `Metric`, where they name what is in the tables"
     post,metric = Section(config).maybe('PostProcess'),Section(config).maybe('Metric')
     decoder_keys = {k for c in DECODERS.values() for k in parameters(c)} - {'alphabet','classes'}
-    ignored = [] if '.' in str(post.get('name')) else post.only([*POST_KEYS, *decoder_keys], POST_IGNORED)
-    own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
-    return ignored + ([] if own else metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter']))
+    ignored,trying = [],Trying()
+    with trying():
+        if '.' not in str(post.get('name')): ignored = post.only([*POST_KEYS, *decoder_keys], POST_IGNORED)
+    with trying():
+        own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
+        if not own: metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter'])
+    trying.done()
+    return ignored
 
 # %% ../../nbs/config/06_evaluation.ipynb #98488c36
 def build_metric(
     config:dict, # The whole configuration
 )->NetMetrics:
     "The metric of a configuration"
-    section = Section(config).maybe('Metric')
+    section,trying = Section(config).maybe('Metric'),Trying()
     cls = _metric_class(section)
+    with trying(): key = _metric_net(config, section)
+    with trying():
+        names = list(getattr(cls, 'names', ()))
+        indicator = section.get('main_indicator', 'hmean' if 'hmean' in names else next(iter(names), None))
+        if indicator not in names: raise section.unknown('indicator', indicator, names, 'main_indicator')
+    with trying():
+        others = [k for k in ('ignore_space','is_filter') if k in section and k not in parameters(cls)]
+        values = arguments(cls, section, (*METRIC_KEYS, *others), **_metric_given(config, cls))
+    trying.done()
+    return NetMetrics(lambda: called(cls, values, section), key, indicator)
+
+def _metric_net(config, section):
+    "The network that counts; None without one"
     key = section.read('key', str, None) if section.get('name')=='DistillationMetric' else None
     if key and config.get('Architecture') and key not in net_names(config):
         raise section.unknown('net', key, net_names(config), 'key')
-    names = list(getattr(cls, 'names', ()))
-    indicator = section.get('main_indicator', 'hmean' if 'hmean' in names else next(iter(names), None))
-    if indicator not in names: raise section.unknown('indicator', indicator, names, 'main_indicator')
-    others = [k for k in ('ignore_space','is_filter') if k in section and k not in parameters(cls)]
-    values = arguments(cls, section, (*METRIC_KEYS, *others), **_metric_given(config, cls))
-    return NetMetrics(lambda: called(cls, values, section), key, indicator)
+    return key
 
 def _metric_given(config, cls):
     given = given_by_characters(config, cls)
