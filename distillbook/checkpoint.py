@@ -229,8 +229,6 @@ def _chosen(learn, terms):
     steps = sorted({n*10**k for k in range(7) for n in (1,2,5) if n*10**k<=last} | {0})
     return res | {f'the learning rate of step {s}': f'{f(s):.6g}' for f in rates for s in steps}
 
-def _weights(t): return _short(t.weight(i/5) for i in range(6)) if callable(t.weight) else _short([t.weight])
-
 def _precision(learn):
     return next((cb.amp_mode.value for cb in learn.cbs if isinstance(cb, MixedPrecision)), 'fp32')
 
@@ -240,6 +238,10 @@ def _opt_name(opt):
     return ', '.join(getattr(o, 'func', o).__name__ for o in opt.cbs)
 
 # %% ../nbs/learning/09_checkpoint.ipynb #3fa879b1
+def _weights(t):
+    if isinstance(t.weight, nn.Module): return type(t.weight).__name__
+    return _short(t.weight(i/5) for i in range(6)) if callable(t.weight) else _short([t.weight])
+
 def _schedules(learn, terms):
     "The schedules of a fit, and the number of epochs if anything follows it"
     scheds = {}

@@ -528,11 +528,15 @@ def _show_reports(rows):
         _show_weights(rows)
         return say(f"{rows[0]['file']}: {_refusals(rows[0]) or 'accepted'}")
     above = os.path.commonpath([os.path.dirname(os.path.abspath(r['file'])) for r in rows])
-    table([{'file': os.path.relpath(r['file'], above), 'refused': len(r['refusals']) or '',
-        'files not here': sum(map(len, r['missing'].values())) or '', 'weights wanted': ', '.join(r['weights'])}
-        for r in rows])
+    table([{'file': os.path.relpath(r['file'], above), **_counts(r)} for r in rows])
     _show_weights(rows)
     say(f"{len(rows)-refused} of {len(rows)} accepted")
+
+def _counts(r):
+    "The numbers of a file; nothing where there is none"
+    missing = sum(map(len, r['missing'].values()))
+    return {'refused': len(r['refusals']) or '', 'files not here': missing or '',
+        'weights wanted': ', '.join(r['weights'])}
 
 def _show_weights(rows):
     "How to give each network weights that has none"

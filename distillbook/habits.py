@@ -210,7 +210,7 @@ class OneLoss:
         for t in self.terms:
             ins = [look_up({self.name: pred}, a) for a in t.addresses]
             loss = t.each(ins, yb) if self.reduction=='none' else t(*ins, targets=yb)
-            total = total + t.weight_at(1.)*loss
+            total = total + t.weighted(loss, ins[0], 1.)
         return total
 
     def activation(self, pred): return self.answer.activation(pred)

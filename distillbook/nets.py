@@ -438,8 +438,13 @@ def add_projector(self:Nets, name:str, src, dst,
     make=Projector, # From the two shapes to a module, called with the features and those that they are to be like
 ):
     "A projector from shape `src` to `dst`, kept under `name`"
+    self.keep(name, make(src, dst))
+
+@patch
+def keep(self:Nets, name:str, module:nn.Module):
+    "Whatever else is trained beside the networks and left behind with the projectors, under `name`"
     if '_projectors' not in self._modules: self._modules['_projectors'] = nn.Module()
-    self._modules['_projectors']._modules[name] = make(src, dst)
+    self._modules['_projectors']._modules[name] = module
 
 @patch
 def project(self:Nets, name:str, x:Tensor, like:Tensor):

@@ -149,7 +149,7 @@ def test_predict(tiny, pictures):
     assert all(o in shown for o in ('confidence','network',*NETS))
 
 def test_eval(tiny):
-    r = distillbook('eval', '--run', tiny[0], '--json')
+    r = inside('eval', '--run', tiny[0], '--json')
     got = json.loads(r.stdout)
     summary = json.loads((tiny[0]/'summary.json').read_text())['networks']
     assert list(got)==SETS
@@ -172,14 +172,14 @@ def test_the_same_by_configuration_and_weights(tiny, pictures):
     assert a==b
 
 def test_export(tiny, tmp_path):
-    r = distillbook('export', '--run', tiny[0], '--out', tmp_path, '--json')
+    r = inside('export', '--run', tiny[0], '--out', tmp_path, '--json')
     assert [Path(o).name for o in json.loads(r.stdout)]==['Student.onnx'] and (tmp_path/'Student.md').exists(), r.stderr
     names = [Path(o).name for o in json.loads(inside('export', '--run', tiny[0], '--net', 'all', '--out', tmp_path, '--json').stdout)]
     assert names==['Student.onnx','Twin.onnx'] # The teacher's file is there already
     fails(inside('export', '--run', tiny[0], '--net', 'Teacher', '--out', tmp_path), 'answers are kept')
 
 def test_extract(tiny, tmp_path):
-    r = distillbook('extract', tiny[0], '--net', 'Twin', '-o', tmp_path/'t.safetensors')
+    r = inside('extract', tiny[0], '--net', 'Twin', '-o', tmp_path/'t.safetensors')
     assert r.returncode==0, r.stderr
     want = {k.removeprefix('Twin.'): v for k,v in load_file(tiny[0]/'best_accuracy.pth')['model'].items() if k.startswith('Twin.')}
     got = read_weights(tmp_path/'t.safetensors')

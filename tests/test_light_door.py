@@ -59,3 +59,23 @@ def test_the_framework_imports_nothing_that_stands_above_it(module):
     names = [o.module or '' for o in ast.walk(tree) if isinstance(o, ast.ImportFrom)]+[a.name for o in ast.walk(tree) if isinstance(o, ast.Import) for a in o.names]
     names = [n.removeprefix('distillbook.') for n in names]
     assert not [n for n in names if n.split('.')[0] in ('rec', 'det', 'data', 'config', 'use', 'cli', 'cv2', 'onnx', 'onnxruntime', 'shapely', 'pyclipper', 'torchvision') or n.startswith('fastai.vision')]
+
+MAPPED = '''
+import ctypes
+import numpy as np
+from distillbook.core import keep_memory
+class MallInfo(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]
+mallinfo = getattr(ctypes.CDLL(None), 'mallinfo2', None)
+if mallinfo is None: print('glibc does not say')
+else:
+    mallinfo.restype = MallInfo
+    def blocks():
+        before,array = mallinfo().hblks,np.ones(8_000_000)
+        return mallinfo().hblks-before
+    print(blocks(), keep_memory(), blocks())
+'''
+
+def test_memory_is_kept():
+    "In a process of its own, since no process can be told to forget it: a large array is a block from the kernel before, and not after"
+    assert ' '.join(python(MAPPED)) in ('1 True 0', 'glibc does not say')

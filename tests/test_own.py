@@ -157,11 +157,11 @@ def nothing_trusted(monkeypatch):
     "What a command in this process trusts, the next does not"
     monkeypatch.setattr('distillbook.config.registry.TRUSTED', set())
 
-def command(folder, *args, trust=TRUST): return subprocess.run([sys.executable, str(folder/'bin/distillbook'), *map(str, args), *trust], cwd=folder, capture_output=True, text=True, env=ENV, timeout=300)
+def alone(folder, *args, trust=TRUST): return subprocess.run([sys.executable, str(folder/'bin/distillbook'), *map(str, args), *trust], cwd=folder, capture_output=True, text=True, env=ENV, timeout=300)
 
 @pytest.fixture(scope='module')
 def run(mine):
-    r = command(mine, 'train', '-c', 'mine.yml')
+    r = alone(mine, 'train', '-c', 'mine.yml')
     assert r.returncode==0, r.stderr
     return mine,r
 
@@ -192,22 +192,30 @@ torch.save(build_model(load_config('mine.yml')).state_dict(), 'before.pth')'''],
     moved = {k for k in new if not torch.equal(old[k], new[k])}
     assert {'Student.backbone.conv.weight','Twin.backbone.conv.weight','Student.neck.conv.bias','Student.head.layers.2.weight','Two.head.mine_head.layers.2.bias'}<=moved
 
-def test_the_other_commands_find_them_too(run):
+def here(folder, monkeypatch):
+    "Commands in this process, as if it had been started in the folder"
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return lambda *args: inside(*args, *TRUST)
+
+def test_the_other_commands_find_them_too(run, monkeypatch):
     folder,_ = run
     cv2.imwrite(str(folder/'bar.png'), np.full((48,80,3), 255, np.uint8))
-    rows = json.loads(command(folder, 'predict', '--run', 'run', 'bar.png', '--json').stdout)
+    rows = json.loads(alone(folder, 'predict', '--run', 'run', 'bar.png', '--json').stdout)
     assert set(rows[0])=={'image','Student','Twin','Two'} and all(rows[0][n]['score']==.25 for n in ('Student','Twin','Two'))
-    got,kept = json.loads(command(folder, 'eval', '--run', 'run', '--json').stdout),load_file(folder/'run/best_accuracy.pth')['metrics']
+    command = here(folder, monkeypatch)
+    got,kept = json.loads(command('eval', '--run', 'run', '--json').stdout),load_file(folder/'run/best_accuracy.pth')['metrics']
     assert all(got[k]==pytest.approx(kept[k]) for k in ('first','Twin_first','Two_first'))
-    assert json.loads(command(folder, 'summary', '-c', 'mine.yml', '--json').stdout)['nets'][0]['net']=='Student'
-    assert command(folder, 'extract', 'run', '--net', 'Twin', '-o', 'twin.safetensors').returncode==0 and (folder/'twin.safetensors').exists()
+    assert json.loads(command('summary', '-c', 'mine.yml', '--json').stdout)['nets'][0]['net']=='Student'
+    assert command('extract', 'run', '--net', 'Twin', '-o', 'twin.safetensors').returncode==0 and (folder/'twin.safetensors').exists()
 
-def test_a_run_with_them_goes_on(run):
+def test_a_run_with_them_goes_on(run, monkeypatch):
     "A second epoch after the first is as two epochs at once, but for the schedules that know how many there are"
     folder,_ = run
+    command = here(folder, monkeypatch)
     fixed = ['Optimizer.lr={learning_rate: 0.001}', 'Loss.loss_config_list.1.Term.weight=1.0']
     for args in (['Global.save_model_dir=one'], ['Global.save_model_dir=one', 'Global.epoch_num=2', 'Global.checkpoints=one/latest'], ['Global.save_model_dir=two', 'Global.epoch_num=2']):
-        r = command(folder, 'train', '-c', 'mine.yml', '-o', *fixed, *args)
+        r = command('train', '-c', 'mine.yml', '-o', *fixed, *args)
         assert r.returncode==0, r.stderr
     a,b = (load_file(folder/f'{n}/latest.pth')['model'] for n in ('one','two'))
     assert all(torch.equal(v, b[k]) for k,v in a.items())
@@ -338,5 +346,5 @@ def test_own_modules_do_not_hide_installed_ones(tmp_path):
     (tmp_path/'random.py').write_text('raise SystemExit("hidden")')
     (tmp_path/'bin').mkdir()
     (tmp_path/'bin/distillbook').write_text('from distillbook.cli import app\napp(prog_name="distillbook")\n')
-    r = command(tmp_path, 'summary', '-c', 'quickstart', '--json', trust=['--trust','mine'])
+    r = alone(tmp_path, 'summary', '-c', 'quickstart', '--json', trust=['--trust','mine'])
     assert r.returncode==0 and json.loads(r.stdout)['nets'], r.stderr

@@ -9,6 +9,7 @@ from distillbook.config import DistillationModel
 from distillbook.rec.render import font_files, make_words, render_words
 from distillbook.use.training import evaluate_sets, train
 from distillbook.use.weights import read_pdparams
+from test_cli import inside
 
 CONFIGS = Path(__file__).parents[1]/'configs'/'rec'
 V3,PLAIN,V2,THREE = (CONFIGS/f'{n}.yml' for n in ('ppocrv3_distillation','ppocrv3','ppocrv2_distillation','ppocrv3_distillation_3nets'))
@@ -359,20 +360,20 @@ def test_train_leaves_its_files(whole):
 
 def test_eval_and_predict(whole, data, tmp_path):
     run,_ = whole
-    r = distillbook('eval', '--run', run, '--json')
+    r = inside('eval', '--run', run, '--json')
     got = json.loads(r.stdout)
     kept = load_file(run/'best_accuracy.pth')['metrics']
     assert all(abs(got[k]-kept[k])<1e-9 for k in ('acc','norm_edit_dis','Teacher_acc','Teacher_norm_edit_dis'))
-    r = distillbook('predict', '--run', run, data/'img'/'1.png', data/'img'/'2.png', '--json')
+    r = inside('predict', '--run', run, data/'img'/'1.png', data/'img'/'2.png', '--json')
     rows = json.loads(r.stdout)
     assert [Path(o['image']).name for o in rows]==['1.png','2.png'] and set(rows[0])=={'image','Student','Teacher'} and set(rows[0]['Student'])=={'label','score'}
-    r = distillbook('predict', '-c', run/'config.yml', '-o', f'Global.pretrained_model={run}/best_accuracy', f"Global.infer_img={data/'img'/'1.png'}", f'Global.save_res_path={tmp_path}/reads.txt', '--json')
+    r = inside('predict', '-c', run/'config.yml', '-o', f'Global.pretrained_model={run}/best_accuracy', f"Global.infer_img={data/'img'/'1.png'}", f'Global.save_res_path={tmp_path}/reads.txt', '--json')
     path,_,said = (tmp_path/'reads.txt').read_text().strip().partition('\t')
     assert json.loads(said)==dict(Student=rows[0]['Student'], Teacher=rows[0]['Teacher']) and path==str(data/'img'/'1.png')
 
 @pytest.mark.parametrize('args,says', [(['train','-c',V3,'-o','Global.epochs=1'], 'epoch_num'), (['eval','-c',V3,'-o','Global.character_dict_path='], 'pretrained_model')])
 def test_mistakes_on_the_command_line(args, says):
-    r = distillbook(*args)
+    r = inside(*args)
     assert r.returncode==2 and 'Traceback' not in r.stderr and says in r.stderr.strip().splitlines()[-1], r.stderr
 
 def killed_in_epoch_2(args, run):

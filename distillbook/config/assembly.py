@@ -291,7 +291,8 @@ def how_to_load(
     net:Section, # A frozen network of `Models`
 )->str:
     "What to write behind the command, to be pasted"
-    return f"{net.option('pretrained', 'FILE')}, or {net.option('pretrained', 'none')} to have it teach as chance made it"
+    file,none = (net.option('pretrained', value) for value in ('FILE','none'))
+    return f"{file}, or {none} to have it teach as chance made it"
 
 def check_teachers(
     config:dict, # The whole configuration
@@ -301,8 +302,8 @@ def check_teachers(
     trying = Trying()
     for name in untaught(config, terms):
         net = Section(config, 'Architecture', 'Models', name)
-        with trying():
-            raise net.refuse(f"this network is frozen and teaches, but has no weights: {how_to_load(net)}", 'pretrained')
+        message = f"this network is frozen and teaches, but has no weights: {how_to_load(net)}"
+        with trying(): raise net.refuse(message, 'pretrained')
     trying.done()
 
 # %% ../../nbs/config/09_assembly.ipynb #6fdc4890

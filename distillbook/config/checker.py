@@ -89,6 +89,7 @@ def _check_run(config):
     with trying(): _averages(config)
     trying.done()
 
+# %% ../../nbs/config/11_check.ipynb #a5daf4a5
 FITTING = set() # Backbones and heights that were seen to fit: many files have the same
 
 def _check_networks(config):

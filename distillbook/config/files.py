@@ -132,6 +132,7 @@ def _without_teacher(config):
     plain.lines = {k: v for k,v in config.lines.items() if k[0] not in other.values} | own
     return plain
 
+# %% ../../nbs/config/08_files.ipynb #16562994
 def _check_losses(config):
     loss = Section(config).maybe('Loss')
     if loss.get('name')!='CombinedLoss' or 'Models' not in config['Architecture']: return

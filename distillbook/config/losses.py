@@ -8,8 +8,8 @@ Docs: https://distillbook.github.io/distillbook/config/losses.html.md"""
 __all__ = ['USUAL_KEYS', 'SHRINK', 'THRESHOLD', 'TERM_KEYS', 'ROWS', 'ALONE', 'LOSS_KEYS', 'LOSS_NAMES', 'keep_keys',
            'target_places', 'many_heads', 'has_many_heads', 'Rows', 'pairs_of', 'ctc_row', 'sar_row', 'nrtr_row',
            'dml_row', 'distance_row', 'dkd_row', 'kl_row', 'ctc_logits_row', 'looks_twice', 'check_main_loss', 'db_row',
-           'dila_row', 'term_row', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of', 'checked_row',
-           'row_terms', 'build_terms', 'build_loss']
+           'dila_row', 'term_row', 'projector_of', 'ctc_alone', 'sar_alone', 'nrtr_alone', 'db_alone', 'weight_of',
+           'checked_row', 'row_terms', 'build_terms', 'build_loss']
 
 # %% ../../nbs/config/04_losses.ipynb #9767a4d3
 import inspect
@@ -19,11 +19,11 @@ from torch import Tensor
 from ..core import UserError, unknown
 from ..losses import distance, dml_paddle
 from ..nets import look_up
-from ..terms import Term
+from ..terms import Term, called_as, class_of
 
 # %% ../../nbs/config/04_losses.ipynb #13fa6119
 from .networks import characters, net_names, task
-from .registry import HEADS, LOSSES, Registry, WEIGHTS, arguments, build, called
+from .registry import HEADS, LOSSES, PROJECTORS, Registry, WEIGHTS, arguments, build, called
 from .values import Section, Trying
 from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_shrink, db_threshold, dila_db
 from ..det.losses import dkd_maps, dml_maps, kl_maps
@@ -115,15 +115,15 @@ class Rows:
     def positions(self, names):
         "Of targets by name"
         if missing := [n for n in names if n not in self.places]:
-            them = 'it' if len(missing)==1 else 'them'
-            raise UserError(f"the batch has no {', '.join(missing)}: keep_keys of Train.dataset.transforms must name {them}")
+            there = "keep_keys of Train.dataset.transforms must name"
+            raise UserError(f"the batch has no {', '.join(missing)}: {there} {'it' if len(missing)==1 else 'them'}")
         return [self.places[n] for n in names]
 
-    def term(self, fn, addresses, name, targets=(), weight=None, **keys):
+    def term(self, fn, addresses, name, targets=(), weight=None, projector=None, **keys):
         "A term of the row's weight"
         fn = partial(fn, **keys) if keys else fn
         term = Term(fn, *addresses, targets=self.positions(targets), weight=self.weight if weight is None else weight,
-            name=name)
+            name=name, projector=projector)
         on = ['on'] if self.section is not None and 'on' in self.section else []
         term.where = '' if self.section is None else self.section.place(*on)
         return term
@@ -257,7 +257,7 @@ def dila_row(rows, model_name_pairs, key:str=None, name:str='dila_dbloss',
         for p in pairs_of(model_name_pairs)]
 
 # %% ../../nbs/config/04_losses.ipynb #ac18c931
-TERM_KEYS = ('loss','on','weight','targets','name')
+TERM_KEYS = ('loss','on','weight','targets','name','projector')
 
 def term_row(rows):
     "Any loss on any addresses"
@@ -267,14 +267,33 @@ def term_row(rows):
         on = row.names('on')
         _check_nets(row, 'on', [address.partition('.')[0] for address in on])
     trying.done()
-    names,taken = list(inspect.signature(fn).parameters),len(on)
+    outputs,others = _outputs_and_others(called_as(fn), len(on))
     targets = row.names('targets', None)
-    if targets is None: targets = [n for n in names[taken:] if n in rows.places]
-    outputs_and_targets = dict.fromkeys(names[:taken+len(targets)])
-    keys = arguments(fn, row, TERM_KEYS, **outputs_and_targets)
-    own = {k: v for k,v in keys.items() if k not in outputs_and_targets}
+    if targets is None: targets = [n for n in others if n in rows.places]
+    given = outputs + others[:len(targets)]
+    if class_of(fn): given,_ = _outputs_and_others(fn, len(on)) # A class is made from the outputs' shapes
+    keys = arguments(fn, row, TERM_KEYS, **dict.fromkeys(given))
+    own = {k: v for k,v in keys.items() if k not in given}
     name = row.read('name', str, None) or '_'.join([fn.__name__, *(a.partition('.')[0] for a in on)])
-    return [rows.term(fn, on, name, targets, **own)]
+    return [rows.term(fn, on, name, targets, projector=projector_of(row), **own)]
+
+def _outputs_and_others(fn, n):
+    "The names of a function's parameters that get `n` outputs, and of the others"
+    params = inspect.signature(fn).parameters
+    stars = [i for i,p in enumerate(params.values()) if p.kind is p.VAR_POSITIONAL]
+    taken = stars[0]+1 if stars else n
+    return list(params)[:taken],list(params)[taken:]
+
+def projector_of(row:Section):
+    "From the two shapes to a projector; None where the term decides, False for none"
+    value = row.get('projector', None)
+    if value is None or value is False: return value
+    section = Section(row.config, *row.path, 'projector') if isinstance(value, dict) else None
+    name = section.read('name', str) if section else value
+    made = PROJECTORS.find(name, section or row, 'name' if section else 'projector')
+    if not section: return made
+    keys = arguments(made, section, src=None, dst=None)
+    return partial(made, **{k: v for k,v in keys.items() if k not in ('src','dst')})
 
 # %% ../../nbs/config/04_losses.ipynb #0ba7bab2
 ROWS = Registry('loss', Term=term_row, DistillationDMLLoss=dml_row, DistillationDistanceLoss=distance_row,
@@ -371,6 +390,7 @@ def row_terms(
     trying.done()
     return terms
 
+# %% ../../nbs/config/04_losses.ipynb #d3895a1c
 def _own_weight(name, section):
     if name!='Term' and section.get('weight') is None: raise section.refuse("weight is wanted")
     return weight_of(section, default=1.)
@@ -460,8 +480,9 @@ def build_loss(
         batch, # In the order of `keep_keys`, the picture first
     )->Tensor: # Scalar
         outs = dict(Model=preds) if alone and not (isinstance(preds, dict) and 'Model' in preds) else preds
-        values = {t.name: t.weight_at(0.)*t(*[_output(outs, a) for a in t.addresses], targets=tuple(batch[1:]))
-            for t in terms}
+        ins = {t.name: [_output(outs, a) for a in t.addresses] for t in terms}
+        found = {t.name: t(*ins[t.name], targets=tuple(batch[1:])) for t in terms}
+        values = {t.name: t.weighted(found[t.name], ins[t.name][0], 0.) for t in terms}
         loss.parts = {k: v.detach() for k,v in values.items()}
         return sum(values.values())
 

@@ -6,10 +6,10 @@ Docs: https://distillbook.github.io/distillbook/config/registry.html.md"""
 
 # %% auto #0
 __all__ = ['TRUSTED', 'FITS', 'HOMES', 'WRONG_ARGUMENTS', 'BOTH', 'BACKBONES', 'ENCODERS', 'NECKS', 'HEADS', 'TIMM', 'LOSSES',
-           'DECODERS', 'METRICS', 'OPERATIONS', 'DATASETS', 'SAMPLERS', 'OPTIMISERS', 'SCHEDULES', 'WEIGHTS',
-           'Registry', 'trust', 'within', 'imported', 'made_for', 'has', 'asks', 'called_with', 'parameters', 'name_of',
-           'takes_anything', 'typed', 'arguments', 'called', 'build', 'SimpleDataSet', 'LMDBDataSet', 'WebDataset',
-           'Cosine', 'Linear', 'Exponential']
+           'METHODS', 'PROJECTORS', 'DECODERS', 'METRICS', 'OPERATIONS', 'DATASETS', 'SAMPLERS', 'OPTIMISERS',
+           'SCHEDULES', 'WEIGHTS', 'Registry', 'trust', 'within', 'imported', 'made_for', 'has', 'asks', 'called_with',
+           'parameters', 'name_of', 'takes_anything', 'typed', 'arguments', 'called', 'build', 'SimpleDataSet',
+           'LMDBDataSet', 'WebDataset', 'Cosine', 'Linear', 'Exponential']
 
 # %% ../../nbs/config/02_registry.ipynb #317081a2
 import importlib, inspect, sys
@@ -120,21 +120,23 @@ def called_with(
 
 # %% ../../nbs/config/02_registry.ipynb #e0716131
 _two,_any = called_with(2),asks()
+def _module(o): return isinstance(o, type) and issubclass(o, nn.Module)
 _source,_metric,_rate = has('__len__', '__getitem__'),has('add', 'value'),asks('step', 'epochs', 'per_epoch')
 FITS = { # Kind to what a class or function of it is, in words, and how that is seen
     'operation': ('a class whose objects are called with (sample, rng)', _two),
     'dataset': ('a class with __len__, and read or __getitem__', lambda o: _source(o) or has('__len__', 'read')(o)),
     'decoder': ('a class whose objects are called with (output, labels)', _two),
     'metric': ('a class with names, add and value', _metric),
-    'loss': ('a function of outputs and targets', _any),
+    'loss': ('a function of outputs and targets, or a module', lambda o: _any(o) or _module(o)),
     'schedule': ('a function of step, epochs, per_epoch', _rate),
-    'schedule of a weight': ('a function', _any)}
+    'schedule of a weight': ('a function, or a module', lambda o: _any(o) or _module(o))}
 HOMES = { # Kind, or base, to the modules that may be named there without being trusted
     nn.Module: ('torch.nn','distillbook'), None: ('distillbook.data','distillbook.rec','distillbook.det'),
-    'loss': ('torch.nn.functional','distillbook.losses','distillbook.rec.losses','distillbook.rec.sar',
-        'distillbook.det.losses'),
+    'loss': ('torch.nn.functional','distillbook.losses','distillbook.logits','distillbook.relations',
+        'distillbook.features','distillbook.learned','distillbook.rec.losses','distillbook.rec.frames',
+        'distillbook.rec.sar','distillbook.det.losses'),
     'optimizer': ('torch.optim','distillbook.optim'), 'schedule': ('distillbook.schedules',),
-    'schedule of a weight': ('fastai.callback.schedule',)}
+    'schedule of a weight': ('fastai.callback.schedule','distillbook.balance')}
 
 # %% ../../nbs/config/02_registry.ipynb #6956dd68
 from fastcore.basics import patch
@@ -229,16 +231,18 @@ def build(
     return called(entry, arguments(entry, section, skip, ignored, **given), section)
 
 # %% ../../nbs/config/02_registry.ipynb #56b9753c
-from .. import backbones
-from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet
+from .. import backbones, hgnetv2, repvit
+from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet, svtrv2
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
 
 # %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
-BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small)} # For lines, and with `det` for pages
+BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, # For lines, and with `det` for pages
+    hgnetv2.PPHGNetV2_B4)}
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
-        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, **BOTH),
-    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, **BOTH))
+        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, SVTRv2=svtrv2.SVTRv2,
+        RepSVTR=repvit.RepSVTR, **BOTH),
+    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, RepSVTR_det=repvit.RepSVTR_det, **BOTH))
 ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
     svtr=rec_neck.EncoderWithSVTR)
 NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),
@@ -252,8 +256,9 @@ HEADS = dict(
 TIMM = dict(rec=rec_backbone.TimmBackbone, det=det_nets.TimmMaps)
 
 # %% ../../nbs/config/02_registry.ipynb #7c68d425
-from .. import losses
-from ..rec import losses as rec_losses
+from .. import balance, features, learned, logits, losses, relations
+from ..nets import Projector
+from ..rec import frames, losses as rec_losses
 from ..det import losses as det_losses
 
 # %% ../../nbs/config/02_registry.ipynb #f4733cf0
@@ -265,6 +270,19 @@ LOSSES = Registry('loss',
         rec_losses.nrtr_loss, rec_losses.gtc_kl, rec_losses.gtc_dkd)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss,
         det_losses.db_cbn, det_losses.kl_maps, det_losses.dkd_maps)})
+
+# %% ../../nbs/config/02_registry.ipynb #c3d2e1f3
+METHODS = (logits.nkd, logits.wsl, logits.ttm, logits.wttm, logits.mlkd, logits.uskd, logits.kd_ensemble,
+    relations.sp, relations.rkd, relations.rkd_distance, relations.rkd_angle, relations.pkt,
+    relations.itrd, relations.itrd_correlation, relations.itrd_mutual,
+    features.cwd, features.pkd, features.ofd, features.weighted_distance, features.fgd, features.pyramid,
+    learned.VID, learned.CRD, learned.ReviewKD, learned.CTKD,
+    frames.ctc_kd, frames.ctc_aligned, frames.dctc, frames.ctc_pseudo)
+LOSSES |= {f.__name__: f for f in METHODS}
+
+# %% ../../nbs/config/02_registry.ipynb #c3d2e1f1
+PROJECTORS = Registry('projector', nn.Module, Projector=Projector, Ensemble=learned.Ensemble,
+    Orthogonal=learned.Orthogonal, Generation=learned.Generation)
 
 # %% ../../nbs/config/02_registry.ipynb #85f49b94
 from ..rec import decode
@@ -327,4 +345,5 @@ def Cosine(start:float, end:float): return SchedCos(start, end)
 def Linear(start:float, end:float): return SchedLin(start, end)
 def Exponential(start:float, end:float): return SchedExp(start, end)
 
-WEIGHTS = Registry('schedule of a weight', Cosine=Cosine, Linear=Linear, Exponential=Exponential)
+WEIGHTS = Registry('schedule of a weight', Cosine=Cosine, Linear=Linear, Exponential=Exponential,
+    Ratio=balance.Ratio, Pull=balance.Pull, Uncertainty=balance.Uncertainty)

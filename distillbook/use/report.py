@@ -130,9 +130,11 @@ def _net_row(s, n, role):
         MACs=macs(net, s.shape), picture=' x '.join(map(str, s.shape)), outputs=dict(_shapes(s.outs[n], n)))
 
 def _term_row(t, learning):
-    weight = 'a schedule' if callable(t.weight) else t.weight
+    weight = _weight(t.weight) if callable(t.weight) else t.weight
     connects,learns = ', '.join(t.addresses),', '.join(learning) or 'nobody'
     return dict(term=t.name, weight=weight, loss=_name(t.fn), connects=connects, learns=learns)
+
+def _weight(w): return f'by {type(w).__name__}' if isinstance(w, torch.nn.Module) else 'a schedule'
 
 def _name(fn): return _name(fn.func) if isinstance(fn, partial) else getattr(fn, '__name__', type(fn).__name__)
 

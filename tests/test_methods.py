@@ -1,0 +1,522 @@
+"The catalogue of distillation: each loss against its formula written out in numpy, its gradients, its row in a configuration, and those that learn in a run"
+import copy, inspect, itertools, math
+from functools import partial
+import numpy as np, pytest, torch, torch.nn.functional as F
+from scipy.special import log_softmax, softmax
+from scipy.stats import norm as normal
+from torch import nn
+from torch.autograd import gradcheck
+
+from distillbook.balance import Pull, Ratio, Uncertainty
+from distillbook.config.losses import build_loss, build_terms
+from distillbook.config.registry import LOSSES, PROJECTORS, WEIGHTS
+from distillbook.core import UserError
+from distillbook.features import attention_of, cwd, fgd, ofd, ofd_margin, pkd, pyramid, weighted_distance
+from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, Reused, ReviewKD, VID
+from distillbook.logits import correlations, ensemble, kd_ensemble, mlkd, nkd, ttm, uskd, wsl, wttm
+from distillbook.losses import cosine, dist, distance, dkd, dml, kd, standardised
+from distillbook.nets import Nets
+from distillbook.rec.frames import by_character, ctc_aligned, ctc_kd, ctc_pseudo, dctc, own_alignment, readings
+from distillbook.rec.losses import Walks, ctc_loss
+from distillbook.relations import angles, distances, itrd_correlation, itrd_mutual, pkt, rkd, rkd_angle, rkd_distance, sp
+from distillbook.terms import Term, Terms
+
+torch.set_num_threads(1)
+Y = torch.tensor([0,4,2,1,1,3])
+EACH = range(6)
+
+def randn(*shape, seed=0, scale=1.): return scale*torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def logits(): return randn(6, 5, seed=1, scale=2.),randn(6, 5, seed=2, scale=2.)
+def numpys(*xs): return [x.detach().numpy() for x in xs]
+def close(got, want, rtol=1e-8): np.testing.assert_allclose(np.asarray(got.detach() if isinstance(got, torch.Tensor) else got), want, rtol=rtol, atol=rtol*np.abs(want).max())
+def np_kl(p, q): return (p*(np.log(p)-np.log(q))).sum(-1)
+
+# ---- logits
+
+def np_standard(z): return (z-z.mean(-1, keepdims=True))/(z.std(-1, ddof=1, keepdims=True)+1e-7)
+
+@pytest.mark.parametrize('name', ('kd','dml','dist','dkd','nkd','wsl','ttm','wttm','mlkd_rows'))
+def test_standardise_is_the_loss_of_standardised_logits(name):
+    f = dict(kd=kd, dml=dml, dist=dist, ttm=ttm, wttm=wttm, mlkd_rows=partial(mlkd, batch=0., classes=0.),
+        **{g.__name__: partial(g, targets=Y) for g in (dkd, nkd, wsl)})[name]
+    s,t = logits()
+    close(f(s, t, standardise=True), f(*[torch.tensor(np_standard(o.numpy())) for o in (s, t)]).item())
+    close(f(7*s+3, t/2, standardise=True), f(s, t, standardise=True).item(), 1e-6)
+
+def test_standardise_of_padding_has_a_gradient():
+    s = torch.zeros(2,3,5, requires_grad=True)
+    kd(s, randn(2,3,5).float(), mask=torch.tensor([[1,0,1]]*2), standardise=True).backward()
+    assert s.grad.isfinite().all()
+
+@pytest.mark.parametrize('T,gamma', ((1.,1.5), (3.,.7)))
+def test_nkd_written_out(T, gamma):
+    s,t = numpys(*logits())
+    total = 0
+    for i in EACH:
+        y,rest = Y[i].item(),[c for c in range(5) if c!=Y[i]]
+        total -= softmax(t[i])[y]*log_softmax(s[i])[y]
+        total -= gamma*T**2*(softmax(t[i,rest]/T)*log_softmax(s[i,rest]/T)).sum()
+    close(nkd(*logits(), Y, gamma, T), total/6)
+
+def test_wsl_written_out():
+    s,t = numpys(*logits())
+    total = 0
+    for i in EACH:
+        w = 1-np.exp(-log_softmax(s[i])[Y[i]]/(log_softmax(t[i])[Y[i]]-1e-7))
+        total -= w*(softmax(t[i]/2)*log_softmax(s[i]/2)).sum()
+    close(wsl(*logits(), Y), 4*total/6)
+
+def test_ttm_and_wttm_written_out():
+    s,t = numpys(*logits())
+    power = softmax(t, -1)**.2
+    U = power.sum(-1, keepdims=True)
+    each = np_kl(power/U, softmax(s, -1))
+    close(ttm(*logits(), T=5.), each.mean())
+    close(wttm(*logits(), T=5.), (U[:,0]*each).mean())
+
+def test_mlkd_written_out():
+    s,t = logits()
+    total = 0
+    for T in (2.,4.):
+        q,p = [softmax(o.numpy()/T, -1) for o in (s, t)]
+        total += 3*T**2*np_kl(p, q).mean() + .5*((q@q.T-p@p.T)**2).sum()/6 + 2*((q.T@q-p.T@p)**2).sum()/5
+    close(mlkd(s, t, (2.,4.), 3., .5, 2.), total)
+    some = torch.tensor([1,1,0,1,0,1])
+    close(mlkd(s, t, mask=some), mlkd(s[some==1], t[some==1]).item())
+
+def test_uskd_written_out():
+    s,w = numpys(*logits())
+    q,v = softmax(s, -1),softmax(w, -1)
+    total = 0
+    for i in EACH:
+        y,rest = Y[i].item(),[c for c in range(5) if c!=Y[i]]
+        sure = q[EACH,Y]**2
+        total -= (sure[i]+1-sure.mean())*np.log(q[i,y])
+        marks = q[i]/(1-q[i,y]+1e-6) + v[i]/(1-v[i,y]+1e-6)
+        z = np.array([1/(1+(marks>marks[c]).sum()) for c in rest])
+        total -= .1*(z/z.sum()*log_softmax(s[i,rest])).sum()
+        total -= .005*(.9*np.log(v[i,y]) + .1*np.log(v[i]).mean())
+    close(uskd(*logits(), Y), total/6)
+
+def test_ensembles():
+    s,t = logits()
+    u = randn(6, 5, seed=9)
+    p = (3*softmax(t.numpy()/2, -1) + softmax(u.numpy()/2, -1))/4
+    close(kd_ensemble(s, t, u, weights=[3,1], T=2.), 4*np_kl(p, softmax(s.numpy()/2, -1)).mean(), 1e-6)
+    close(kd_ensemble(s, t, t, T=3., standardise=True), kd(s, t, T=3., standardise=True).item(), 1e-6)
+    for weights in ([1], [1,-1], [0,0]):
+        with pytest.raises(UserError, match='a weight of 0 or more'): ensemble(s, t, weights=weights)
+
+# ---- relations
+
+FEATURES = randn(7, 4, seed=3),randn(7, 6, seed=4)
+
+def np_distances(x):
+    d = np.array([[np.linalg.norm(a-b) for b in x] for a in x])
+    return d/d[~np.eye(len(x), dtype=bool)].mean()
+
+def np_huber(d): return np.where(np.abs(d)<1, d**2/2, np.abs(d)-.5).mean()
+
+def test_relations_written_out():
+    a,b = numpys(*FEATURES)
+    def rows(x): return (x@x.T)/np.linalg.norm(x@x.T, axis=1, keepdims=True)
+    close(sp(*FEATURES), ((rows(a)-rows(b))**2).sum()/49)
+    close(rkd_distance(*FEATURES), np_huber(np_distances(a)-np_distances(b)), 1e-6)
+    def at(x, i, j, k):
+        u,v = x[j]-x[i],x[k]-x[i]
+        n = np.linalg.norm(u)*np.linalg.norm(v)
+        return u@v/n if n else 0.
+    def np_angles(x): return np.array([at(x, *o) for o in itertools.product(range(7), repeat=3)])
+    close(rkd_angle(*FEATURES), np_huber(np_angles(a)-np_angles(b)), 1e-6)
+    close(rkd(*FEATURES, 2., 3.), 2*rkd_distance(*FEATURES).item()+3*rkd_angle(*FEATURES).item())
+    def cond(x):
+        u = x/np.linalg.norm(x, axis=1, keepdims=True)
+        k = (u@u.T+1)/2
+        return k/k.sum(1, keepdims=True)
+    close(pkt(*FEATURES), (cond(b)*np.log(cond(b)/cond(a))).mean(), 1e-5)
+
+def test_itrd_written_out():
+    a,b = numpys(randn(9, 4, seed=3), randn(9, 4, seed=4))
+    c = np.array([((x-x.mean())/x.std(ddof=1)*(z-z.mean())/z.std(ddof=1)).sum()/9 for x,z in zip(a.T, b.T)])
+    close(itrd_correlation(torch.tensor(a), torch.tensor(b)), np.log2((np.abs(c-1)**2.02).sum()))
+    def gram(x): return (u := x/np.linalg.norm(x, axis=1, keepdims=True))@u.T
+    gs,both = gram(a),gram(a)*gram(b)
+    close(itrd_mutual(torch.tensor(a), torch.tensor(b)), ((gs/9)**2).sum()-((both/np.trace(both))**2).sum())
+
+@pytest.mark.parametrize('f', (sp, rkd, pkt, itrd_mutual), ids=lambda f: f.__name__)
+def test_relations_of_any_width_flatten_and_of_one_picture_are_numbers(f):
+    a,b = FEATURES
+    close(f(a.view(7,2,2), b.view(7,3,2,1)), f(a, b).item())
+    x = torch.ones(1, 4, requires_grad=True)
+    loss = f(x, torch.ones(1, 6))
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+    with pytest.raises(UserError, match='features of one batch'): f(a, b[:3])
+
+@pytest.mark.parametrize('f', (sp, rkd, pkt, itrd_mutual, itrd_correlation), ids=lambda f: f.__name__)
+def test_two_equal_pictures_have_gradients(f):
+    x = torch.ones(4, 5)
+    x[0] = 2
+    x.requires_grad_()
+    f(x, torch.randn(4, 5)).backward()
+    assert x.grad.isfinite().all()
+
+# ---- features
+
+MAPS = randn(3, 4, 5, 6, seed=5),randn(3, 4, 5, 6, seed=6)
+
+def test_cwd_and_pkd_written_out():
+    s,t = numpys(*MAPS)
+    want = [16*np_kl(softmax(t[n,c].ravel()/4), softmax(s[n,c].ravel()/4)) for n in range(3) for c in range(4)]
+    close(cwd(*MAPS), np.mean(want))
+    def standard(x): return (x-x.mean((0,2,3), keepdims=True))/(x.std((0,2,3), ddof=1, keepdims=True)+1e-6)
+    close(pkd(*MAPS), ((standard(s)-standard(t))**2).mean()/2)
+    close(cwd(*[o.flatten(2).mT for o in MAPS]), cwd(*MAPS).item())
+    close(pkd(*[o.flatten(2).mT for o in MAPS]), pkd(*MAPS).item())
+
+def test_ofd_written_out():
+    s,t = numpys(*MAPS)
+    margin = np.array([-.5,-1.,0.,-.2])
+    total = 0
+    for i in np.ndindex(s.shape):
+        a,b,m = s[i],t[i],margin[i[1]]
+        if b>0: total += (a-b)**2
+        elif b>m: total += (a-b)**2*(a>b)
+        else: total += (a-m)**2*(a>m)
+    close(ofd(*MAPS, torch.tensor(margin), 'sum'), total/3)
+    close(ofd(*MAPS, torch.tensor(margin)), total/s.size)
+
+@pytest.mark.parametrize('gamma,beta', ((1.,0.), (2.,1.), (-.5,-1.), (1.,4.)))
+def test_the_margin_is_the_mean_below_zero(gamma, beta):
+    bn = nn.BatchNorm2d(1)
+    with torch.no_grad(): bn.weight[:],bn.bias[:] = gamma,beta
+    g = abs(gamma)
+    want = normal.expect(lambda z: z, loc=beta, scale=g, ub=0.)/normal.cdf(-beta/g) if beta/g<3.09 else -3*g
+    close(ofd_margin(bn), want, 1e-4)
+
+def test_weighted_distance_and_pyramid_written_out():
+    s,t = numpys(*MAPS)
+    w = np.abs(np.random.default_rng(0).standard_normal((3,5,6)))
+    close(weighted_distance(*MAPS, torch.tensor(w)), (w*((s-t)**2).mean(1)).sum()/w.sum())
+    two = torch.stack([torch.tensor(w), torch.tensor(w)/2], 1)
+    close(weighted_distance(*MAPS, two), (w*((s-t)**2).mean(1)).sum()/w.sum())
+    a,b = randn(2,3,8,8, seed=1),randn(2,3,8,8, seed=2)
+    d = (a-b).numpy()
+    def pooled(k): return d.reshape(2,3,k,8//k,k,8//k).mean((3,5))
+    want = [(d**2).mean(), *((pooled(k)**2).mean() for k in (4,2,1))]
+    close(pyramid(a, b), np.dot(want, [1,.5,.25,.125])/1.875)
+    with pytest.raises(UserError, match='weights of places'): weighted_distance(*MAPS, torch.ones(2,5,6))
+
+def test_fgd_written_out():
+    s,t = numpys(*MAPS)
+    mask = np.zeros((3,5,6))
+    mask[:,1:3,2:4] = .25
+    def attention(x):
+        places = np.stack([softmax((np.abs(x[n]).mean(0)/.5).ravel()).reshape(5,6)*30 for n in range(3)])
+        return places,4*softmax(np.abs(x).mean((2,3))/.5, -1)
+    (ps,cs),(pt,ct) = attention(s),attention(t)
+    back = (mask==0)/(mask==0).sum((1,2), keepdims=True)
+    each = pt[:,None]*ct[:,:,None,None]*(s-t)**2
+    want = .1*(mask[:,None]*each).sum() + .2*(back[:,None]*each).sum() + .3*(np.abs(ps-pt).sum()+np.abs(cs-ct).sum())
+    close(fgd(*MAPS, torch.tensor(mask), alpha=.1, beta=.2, gamma=.3), want/3)
+    for a,axes in zip(attention_of(MAPS[0]), ((1,2),(1,))): close(a.mean(axes), np.ones(3))
+
+# ---- gradients of all of them, and other types
+
+PAIRS = dict(nkd=partial(nkd, targets=Y), wsl_T=lambda s,t: wsl(s, t, Y), ttm=ttm, wttm=wttm, mlkd=mlkd, kd_standardised=partial(kd, standardise=True), ensemble=lambda s,t: kd_ensemble(s, t, t.flip(0)))
+VECTORS = dict(sp=sp, rkd=rkd, pkt=pkt, itrd_correlation=itrd_correlation, itrd_mutual=itrd_mutual)
+DENSE = dict(cwd=cwd, pkd=pkd, ofd=ofd, pyramid=pyramid, weighted=lambda s,t: weighted_distance(s, t, t.abs()), fgd=lambda s,t: fgd(s, t, (t[:,0]>0).double()))
+CASES = [(k, f, 'logits') for k,f in PAIRS.items()] + [(k, f, 'vectors') for k,f in VECTORS.items()] + [(k, f, 'maps') for k,f in DENSE.items()]
+def inputs(kind): return dict(logits=logits(), vectors=(randn(6,4,seed=7), randn(6,4,seed=8)), maps=[o[:2,:3,:4,:4] for o in MAPS])[kind]
+
+@pytest.mark.parametrize('name,f,kind', [c for c in CASES if c[0]!='wsl_T'], ids=[c[0] for c in CASES if c[0]!='wsl_T']) # wsl has a weight without gradient
+def test_gradients(name, f, kind):
+    s,t = inputs(kind)
+    assert gradcheck(lambda s: f(s, t), s.clone().requires_grad_(), atol=1e-4)
+
+@pytest.mark.parametrize('name,f,kind', CASES, ids=[c[0] for c in CASES])
+def test_half_precision_is_computed_in_float32(name, f, kind):
+    s,t = [o.half() for o in inputs(kind)]
+    loss = f(s.clone().requires_grad_(), t)
+    assert loss.dtype==torch.float32 and loss.ndim==0
+    close(loss, f(s.float(), t.float()).item(), 1e-5)
+
+@pytest.mark.parametrize('name,f', [c[:2] for c in CASES if c[2]!='vectors'], ids=[c[0] for c in CASES if c[2]!='vectors'])
+def test_the_teacher_is_detached(name, f):
+    if name=='pyramid': return # Which compares two maps alike
+    s,t = [o.clone().requires_grad_() for o in inputs('logits' if name in PAIRS else 'maps')]
+    f(s, t).backward()
+    assert t.grad is None and s.grad.abs().sum()>0
+
+# ---- losses that learn
+
+def two(): return Nets(dict(Teacher=mlp(12), Student=mlp(5)), frozen=['Teacher'])
+def mlp(h): return nn.Sequential(nn.Linear(8, h), nn.ReLU(), nn.Linear(h, 5))
+def connected(nets, terms, x, *y):
+    loss = Terms(nets, terms)
+    loss.connect((x,), y)
+    return loss
+X,NUMBERS = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)),torch.arange(6)
+
+def test_vid_written_out():
+    vid = VID((6,4), (6,3), variance=2.).double()
+    s,t = randn(6,4),randn(6,3, seed=1)
+    mean = vid.mean(s).detach().numpy()
+    close(vid(s, t), (((mean-t.numpy())**2)/2 + np.log(2.)).mean()/2)
+    maps = VID((2,4,6,6), (2,3,3,3))
+    assert maps(torch.randn(2,4,6,6), torch.randn(2,3,3,3)).ndim==0 and VID((2,9,4), (2,5,3))(torch.randn(2,9,4), torch.randn(2,5,3)).ndim==0
+
+def test_crd_written_out():
+    torch.manual_seed(0)
+    crd = CRD((3,4), (3,5), n=10, dim=6, negatives=2, T=.5).double()
+    s,t,i,others = randn(3,4),randn(3,5, seed=1),torch.tensor([7,0,3]),torch.tensor([[1,2],[3,3],[9,0]])
+    def unit(x): return x/np.linalg.norm(x, axis=-1, keepdims=True)
+    es,et = unit(crd.embed_s(s).detach().numpy()),unit(crd.embed_t(t).detach().numpy())
+    ms,mt = crd.memory_s.numpy().copy(),crd.memory_t.numpy().copy()
+    of = np.concatenate([i[:,None], others], 1)
+    total = 0
+    for e,m in ((es, mt), (et, ms)):
+        h = np.exp((m[of]*e[:,None]).sum(-1)/.5)
+        h = h/(h.mean()*10)
+        total -= (np.log(h[:,0]/(h[:,0]+.2+1e-7)).sum() + np.log(.2/(h[:,1:]+.2+1e-7)).sum())/3
+    close(crd(s, t, i, others), total)
+    ms[i] = unit(.5*ms[i]+.5*es)
+    close(crd.memory_s, ms)
+    before = crd.memory_t.clone()
+    crd.eval()(s, t, i, others)
+    assert torch.equal(before, crd.memory_t)
+    with pytest.raises(UserError, match='n=10 pictures, and the batch has the number 10'): crd(s, t, torch.tensor([1,2,10]))
+
+def test_reviewkd_of_one_layer_and_odd_numbers():
+    review = ReviewKD((2,4,6,6), (2,8,3,3)).eval()
+    s,t = torch.randn(2,4,6,6),torch.randn(2,8,3,3)
+    f = review.fusions[0]
+    want = pyramid(f.widen(F.interpolate(f.narrow(s), (3,3), mode='nearest')), t)
+    close(review(s, t), want.item(), 1e-5)
+    with pytest.raises(UserError, match='as many layers'): ReviewKD((2,4), (2,4), (2,4))
+
+def test_ctkd_goes_against_the_student():
+    s,t = randn(8,5, scale=3.),randn(8,5, seed=1, scale=3.)
+    loss = CTKD(ramp=1).double()
+    close(loss(s, t), kd(s, t, loss.temperature().item()).item())
+    loss(s, t).backward()
+    theta = loss.theta.detach().requires_grad_()
+    kd(s, t, 1+20*theta.sigmoid()).backward()
+    close(loss.theta.grad, -theta.grad.item())
+    assert loss.steps==2 and CTKD(ramp=9).eval()(s.float(), t.float())>0
+
+@pytest.mark.parametrize('projector', (Ensemble, Orthogonal, partial(Orthogonal, learn=True)), ids=['ensemble','fixed','learned'])
+@pytest.mark.parametrize('src,dst', [((3,4),(3,4)), ((3,7,4),(3,5,6)), ((3,4,6,6),(3,9,3,3))], ids=['vectors','tokens','maps'])
+def test_projectors(projector, src, dst):
+    p = projector(src, dst)
+    out = p(torch.randn(src), torch.empty(dst))
+    assert list(out.shape)==list(dst)
+    if projector is Orthogonal: assert not [o for o in p.parameters() if o.requires_grad]
+    else: assert [o for o in p.parameters() if o.requires_grad]
+
+@pytest.mark.parametrize('learn', (False, True))
+def test_orthogonal_keeps_angles(learn):
+    p,x = Orthogonal((9,4), (9,7), learn=learn),torch.randn(9,4)
+    y = p(x, torch.empty(9,7)).detach()
+    close(y@y.T, (x@x.T).numpy(), 1e-4)
+
+def test_generation_hides_a_part_in_training_only():
+    g = Generation((2,3,8,8), (2,3,8,8), masked=1.)
+    x = torch.randn(2,3,8,8)
+    close(g(x, x), g(0*x, x).detach().numpy(), 1e-5)
+    assert not torch.allclose(g.eval()(x, x), g(0*x, x))
+    with pytest.raises(UserError, match='makes maps'): Generation((2,3), (2,3))
+
+def test_reused_trains_all_but_the_teachers_head():
+    net = Reused(nn.Conv2d(1,4,3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8,3)), (2,4,8,8), (2,8,4,4)).train()
+    out = net(torch.randn(2,1,10,10))
+    assert out['features'].shape==(2,8,4,4) and out['logits'].shape==(2,3) and not net.head.training
+    assert not [p for p in net.head.parameters() if p.requires_grad] and net.head[2].num_batches_tracked==0
+
+def test_a_loss_that_learns_is_made_trained_and_saved():
+    nets = two()
+    loss = connected(nets, [Term(VID, 'Student.1', 'Teacher.1'), Term(partial(CRD, n=6, dim=4, negatives=3), 'Student.1', 'Teacher.1', targets=[0])], X, NUMBERS)
+    kept = nets._modules['_projectors']._modules
+    assert list(kept)==['VID_Student_Teacher loss','CRD_Student_Teacher loss']
+    assert kept['CRD_Student_Teacher loss'].z_s==-1 # Trying it has left no trace
+    loss(nets(X), NUMBERS).backward()
+    assert all(p.grad is not None for p in nets._modules['_projectors'].parameters())
+    assert kept['CRD_Student_Teacher loss'].z_s>0
+    other = two()
+    connected(other, loss.terms, X, NUMBERS)
+    assert other.load_state_dict(nets.state_dict()) and other._modules['_projectors']._modules['VID_Student_Teacher loss'] is not kept['VID_Student_Teacher loss']
+
+def test_an_object_with_parameters_is_copied():
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(()))
+        def forward(self, a, b): return self.scale*(a-b).square().mean()
+    own = Scaled()
+    nets,other = two(),two()
+    terms = [Term(own, 'Student', 'Teacher', name='own')]
+    for n in (nets, other): connected(n, terms, X)
+    a,b = [n._modules['_projectors']._modules['own loss'] for n in (nets, other)]
+    assert a is not own and a is not b
+    with pytest.raises(UserError, match='Terms.connect'): Terms(two(), terms)(two()(X))
+
+def test_what_cannot_be_a_loss():
+    with pytest.raises(UserError, match=r"nn.MSELoss\(\)"): Term(nn.MSELoss, 'A', 'B')
+    with pytest.raises(UserError, match='is made by Terms.connect'): Terms(two(), Term(VID, 'Student', 'Teacher'))(two()(X))
+
+# ---- balance
+
+def test_ratio_is_one_on_average():
+    w = Ratio(2., momentum=.5)
+    close(w(torch.tensor(8.)), 2.)
+    close(w(torch.tensor(2.)), 2*2/4) # The mean of 8 and 2, the newer twice as much
+    close(w.eval()(torch.tensor([4.,8.])), [2.,4.])
+
+def test_pull_has_the_norm_that_is_asked_for():
+    z = torch.randn(4, 3, requires_grad=True)
+    w = Pull(.5)
+    g, = torch.autograd.grad(w(1000*z.square().mean(), z), z)
+    close(g.norm(), .5, 1e-5)
+    assert w.eval()(torch.tensor(1.), z.detach()).isfinite()
+    with pytest.raises(UserError, match='a tensor'): w.train()(z.mean(), dict(a=z))
+
+def test_uncertainty_and_its_price():
+    w = Uncertainty(.25)
+    close(w(torch.tensor(8.)), 2+np.log(4), 1e-6)
+    with pytest.raises(UserError, match='above 0'): Uncertainty(0.)
+
+@pytest.mark.parametrize('weight', (Ratio, Pull, Uncertainty), ids=lambda w: w.__name__)
+def test_balances_in_a_learner(weight):
+    from fastai.basics import DataLoader, DataLoaders
+    from torch.utils.data import TensorDataset
+    from distillbook.learner import distill_learner
+    data = TensorDataset(X.repeat(4,1), Y.repeat(4))
+    dls = DataLoaders(DataLoader(data, bs=6), DataLoader(data, bs=12))
+    pattern = weight()
+    learn = distill_learner(dls, dict(Teacher=mlp(12), Student=mlp(5)), [Term(F.cross_entropy, 'Student'), Term(kd, 'Student', 'Teacher', weight=pattern, name='kd')], frozen='Teacher')
+    before = copy.deepcopy(learn.model.state_dict())
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    moved = [k for k,v in learn.model.state_dict().items() if 'kd weight' in k and not torch.equal(v, before[k])]
+    assert moved and all(torch.equal(a, b) for a,b in zip(pattern.state_dict().values(), weight().state_dict().values()))
+    with learn.no_bar(): learn.get_preds(with_loss=True)
+
+def test_the_teacher_is_asked_about_the_mixed_picture():
+    "Function matching: with MixUp the networks get mixed pictures, teachers too"
+    from fastai.basics import DataLoader, DataLoaders
+    from fastai.callback.all import MixUp
+    from torch.utils.data import TensorDataset
+    from distillbook.learner import distill_learner
+    data,seen = TensorDataset(X.repeat(4,1), Y.repeat(4)),[]
+    dls = DataLoaders(DataLoader(data, bs=6), DataLoader(data, bs=12))
+    def watch(a, b):
+        if torch.is_grad_enabled(): seen.append((a.detach(), b))
+        return kd(a, b)
+    teacher,given = mlp(12),[]
+    teacher.register_forward_pre_hook(lambda m,x: given.append(x[0]))
+    learn = distill_learner(dls, dict(Teacher=teacher, Student=mlp(5)), [Term(watch, 'Student', 'Teacher')], frozen='Teacher', cbs=MixUp(.9))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    plain = {tuple(r.tolist()) for r in X}
+    assert any(tuple(r.tolist()) not in plain for x in given for r in x) and all(s.shape==t.shape for s,t in seen)
+
+# ---- text
+
+def line(seed=0, N=3, T=9, C=5): return randn(N, T, C, seed=seed, scale=2.)
+LABEL,LENGTH = torch.tensor([[1,2,2],[3,0,0],[4,1,0]]),torch.tensor([3,1,2])
+
+def test_ctc_kd_written_out():
+    s,t = line(),line(1)
+    w = np.where(t.numpy().argmax(-1)==0, .3, 1.)
+    each = np_kl(softmax(t.numpy()/2, -1), softmax(s.numpy()/2, -1))
+    close(ctc_kd(s, t, T=2., blank=.3), 4*(w*each).sum()/w.sum())
+    with pytest.raises(UserError, match='0 or more'): ctc_kd(s, t, blank=-1.)
+
+def walks_of(label, T):
+    "All paths that are read as a label"
+    for path in itertools.product(range(5), repeat=T):
+        if [c for c,_ in itertools.groupby(path) if c]==label: yield path
+
+def test_alignments_by_trying_every_path():
+    z,T = line(3, 2, 5)[...,:5],5
+    label,length = torch.tensor([[1,2],[3,3]]),torch.tensor([2,2])
+    found,there = by_character(z, label, length)
+    classes,possible = own_alignment(z, label, length)
+    assert there.all() and possible.all()
+    for n,text in enumerate(([1,2],[3,3])):
+        p = softmax(z[n].numpy(), -1)
+        paths = [(o, np.prod(p[range(T),o])) for o in walks_of(text, T)]
+        total = sum(v for _,v in paths)
+        share = np.zeros((T,5))
+        at = np.zeros((T,2))
+        for o,v in paths:
+            k = -1
+            for t,c in enumerate(o):
+                share[t,c] += v/total
+                if c and (t==0 or o[t-1]!=c): k += 1
+                if c: at[t,k] += v/total
+        assert classes[n].tolist()==(share/p).argmax(-1).tolist()
+        close(found[n], (at/at.sum(0)).T@z[n].numpy(), 1e-6)
+        want = -sum(np.log(p[t,c]) for t,c in enumerate((share/p).argmax(-1)))
+        close(dctc(z[n:n+1], label[n:n+1], length[n:n+1]), want, 1e-6)
+
+def test_ctc_aligned_ignores_where():
+    s,t = line().float(),line(1).float()
+    def np_bag(z): return [o.numpy() for o in by_character(z, LABEL, LENGTH)]
+    (a,there),(b,_) = np_bag(s),np_bag(t)
+    close(ctc_aligned(s, t, LABEL, LENGTH, T=2.), 4*np_kl(softmax(b/2, -1), softmax(a/2, -1))[there].mean(), 1e-5)
+    too_long = torch.tensor([[1]*9]),torch.tensor([9])
+    assert ctc_aligned(s[:1,:4], t[:1,:4], *too_long)==0 and dctc(s[:1,:4], *too_long)==0
+    s.requires_grad_()
+    ctc_aligned(s, t, LABEL, LENGTH).backward()
+    assert s.grad.isfinite().all() and s.grad.abs().sum()>0
+
+def test_readings_and_pseudo_labels():
+    z = torch.full((2,6,5), -4.)
+    for t,c in enumerate([1,1,0,1,2,0]): z[0,t,c] = 4
+    z[1,:,0] = 4
+    label,length,sure = readings(z)
+    assert label[0,:3].tolist()==[1,1,2] and length.tolist()==[3,0] and label[0,3:].sum()==0
+    close(sure, [softmax([4.,*[-4.]*4])[0], 0.], 1e-6)
+    s = line(5, 2, 6).float()
+    want = ctc_loss(s[:1], torch.tensor([[1,1,2]]), torch.tensor([3]))*sure[0]/2
+    close(ctc_pseudo(s, z), want.item(), 1e-5)
+    assert ctc_pseudo(s, z, least=1.1)==0
+
+@pytest.mark.parametrize('f', (lambda s,t: ctc_aligned(s, t, LABEL, LENGTH), lambda s,t: dctc(s, LABEL, LENGTH), ctc_kd, lambda s,t: ctc_pseudo(s, t, least=0.)), ids=['aligned','dctc','kd','pseudo'])
+def test_ctc_losses_of_bfloat16(f):
+    s,t = [o.bfloat16() for o in (line(), line(1))]
+    close(f(s, t), f(s.float(), t.float()).item(), 1e-5)
+
+# ---- in configurations
+
+def row(**keys): return dict(Loss=dict(name='CombinedLoss', loss_config_list=[dict(Term=dict(on=['Student.head_out','Teacher.head_out'], **keys))]))
+
+ROWS = {'nkd': dict(targets=['label']), 'ttm': dict(T=2.), 'wttm': dict(standardise=True), 'mlkd': dict(temperatures=[1.,2.]), 'kd': dict(standardise=True), 'sp': {}, 'rkd': dict(angle=0.), 'pkt': {}, 'itrd': dict(alpha=1.5),
+    'cwd': dict(T=1.), 'pkd': {}, 'pyramid': dict(levels=[1]), 'ctc_kd': dict(blank=0.), 'ctc_pseudo': dict(least=.1), 'ctc_aligned': {}}
+@pytest.mark.parametrize('loss', ROWS)
+def test_rows(loss):
+    keys = {k: v for k,v in ROWS[loss].items() if k!='targets'}
+    a,b = line(0).float(),line(1).float()
+    batch = [None, torch.randint(5, (3,9)) if loss=='nkd' else LABEL, LENGTH]
+    got = build_loss(row(loss=loss, **ROWS[loss]))(dict(Student=dict(head_out=a), Teacher=dict(head_out=b)), batch)
+    targets = dict(nkd=batch[1:2], ctc_aligned=batch[1:]).get(loss, [])
+    close(got, LOSSES[loss](a, b, *targets, **keys).item(), 1e-6)
+
+def test_three_teachers_in_a_row():
+    cfg = row(loss='kd_ensemble', weights=[2,1], T=2.)
+    cfg['Loss']['loss_config_list'][0]['Term']['on'] = ['Student','A','B']
+    s,a,b = line(0),line(1),line(2)
+    close(build_loss(cfg)(dict(Student=s, A=a, B=b), [None]), kd_ensemble(s, a, b, weights=[2,1], T=2.).item())
+
+def test_classes_weights_and_projectors_in_rows():
+    term, = build_terms(row(loss='CRD', n=50, dim=8, targets=['length'], weight=dict(name='Ratio', weight=.5)))
+    assert term.fn.func is CRD and term.fn.keywords==dict(n=50, dim=8) and term.targets==[1] and isinstance(term.weight, Ratio) and term.weight.weight==.5
+    term, = build_terms(row(loss='distance', projector=dict(name='Ensemble', n=2)))
+    assert term.projector.func is Ensemble and term.projector.keywords==dict(n=2) and term.fn is distance
+    assert build_terms(row(loss='distance', projector='Orthogonal'))[0].projector is Orthogonal
+    assert build_terms(row(loss='distance', projector=False))[0].projector is False
+    for keys,says in [(dict(loss='CRD', n=50, dims=8), "no key of CRD 'dims'; did you mean 'dim'"), (dict(loss='CRD'), 'CRD needs n'), (dict(loss='distance', projector='Orthogonl'), "did you mean 'Orthogonal'"),
+            (dict(loss='distance', projector=dict(name='Ensemble', m=2)), "no key of Ensemble 'm'"), (dict(loss='kd', weight=dict(name='Ratio', momentum='much')), 'a number is wanted'), (dict(loss='ctc_kds'), "did you mean 'ctc_kd'")]:
+        with pytest.raises(UserError, match=says.replace('(', r'\(')): build_terms(row(**keys))
+
+def test_tables_hold_what_can_be_called():
+    assert {'nkd','uskd','wsl','ttm','wttm','mlkd','kd_ensemble','rkd','sp','pkt','itrd','cwd','pkd','ofd','weighted_distance','fgd','pyramid','VID','CRD','ReviewKD','CTKD','ctc_kd','ctc_aligned','dctc','ctc_pseudo'}<=set(LOSSES)
+    assert {'Ratio','Pull','Uncertainty'}<=set(WEIGHTS) and {'Projector','Ensemble','Orthogonal','Generation'}<=set(PROJECTORS)
+    for entry in PROJECTORS.values(): assert list(inspect.signature(entry).parameters)[:2]==['src','dst']
