@@ -303,7 +303,9 @@ def test_a_name_left_behind_is_not_a_typing_mistake(words, tmp_path):
     path = as_published(words, tmp_path)
     with pytest.raises(UserError, match='there is no output/mine/latest'): experiment(load_config(path, ['Global.checkpoints=output/mine/latest']))
     with pytest.raises(UserError, match='there is no'): experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactored']))
-    assert experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactor'])).nets
+    names = ['Global.checkpoints=','Global.pretrained_model=refactor'] # Nothing is loaded by such a name, the teacher neither
+    with pytest.raises(UserError, match='has no weights'): experiment(load_config(path, names))
+    assert experiment(load_config(path, [*names, 'Architecture.Models.Teacher.pretrained=none'])).nets
 
 def test_weights_of_a_backbone_are_named_beside_it(words, tmp_path):
     path,key = as_published(words, tmp_path),'Architecture.Models.Student.Backbone.pretrained'
