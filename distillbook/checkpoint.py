@@ -106,14 +106,15 @@ def _python(state): return (state[0], tuple(state[1]), state[2])
 def without_frozen(
     nets:Nets,
 )->dict: # Name to tensor
-    "The state of `nets` but for that of frozen networks"
-    return {k: v for k,v in nets.state_dict().items() if k.partition('.')[0] not in nets.frozen}
+    "The state of `nets` but for that of frozen networks; a mean over time is frozen, and changes"
+    still = nets.frozen - set(nets.means)
+    return {k: v for k,v in nets.state_dict().items() if k.partition('.')[0] not in still}
 
 def frozen_hashes(
     nets:Nets,
 )->dict: # Name to hash
     "The frozen networks, each with the hash of its state"
-    return {n: state_hash(nets[n]) for n in nets.names if n in nets.frozen}
+    return {n: state_hash(nets[n]) for n in nets.names if n in nets.frozen and n not in nets.means}
 
 def state_hash(
     net:nn.Module,

@@ -6,9 +6,9 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'fresh',
-           'as_nets', 'frozen_elsewhere', 'model_with_weights', 'sources_of', 'begins_trained', 'without_labels',
-           'untaught', 'how_to_load', 'check_teachers', 'rows_of', 'check_heights', 'experiment', 'ready_networks',
-           'build_learner', 'outline', 'example_batch']
+           'as_nets', 'with_means', 'ema_settings', 'frozen_elsewhere', 'model_with_weights', 'sources_of',
+           'begins_trained', 'without_labels', 'untaught', 'how_to_load', 'check_teachers', 'rows_of', 'check_heights',
+           'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging
@@ -18,6 +18,7 @@ import numpy as np, torch
 from fastai.basics import set_seed
 from fastai.data.core import DataLoaders
 from ..checkpoint import load_file
+from ..ema import EMA, Shares, follow
 from ..core import UserError
 from ..data.operations import DecodeImage
 from ..data.pictures import read_picture
@@ -29,7 +30,7 @@ from ..nets import Nets
 from .data import build_dl, build_evals, eval_sides, picture_operations
 from .evaluation import build_decoder, build_metric
 from .losses import build_terms, target_places
-from .networks import build_model, build_networks, characters, dictionary, existing, folder_of
+from .networks import build_model, build_networks, characters, dictionary, ema_names, existing, folder_of
 from .networks import _is_there, left_behind, load_into, net_names, own_weights, task
 from .optimizer import build_optimizer, lr_schedule
 from .values import Config, Section, Trying
@@ -206,6 +207,20 @@ def fresh(
 # %% ../../nbs/config/09_assembly.ipynb #35267aa2
 def as_nets(model)->Nets: return model if isinstance(model, Nets) else Nets(dict(Model=model))
 
+# %% ../../nbs/config/09_assembly.ipynb #43c39635
+def with_means(config, model):
+    "With the means over time that `Global.use_ema` asks for"
+    means = ema_names(config)
+    return follow(as_nets(model), means) if means else model
+
+def ema_settings(config)->dict: # For `EMA`
+    "`Global.ema_decay` and `ema_decay_type`"
+    g = Section(config).maybe('Global')
+    settings = dict(decay=g.read('ema_decay', float, .9998), kind=g.read('ema_decay_type', str, 'threshold'))
+    with g.blame('ema_decay_type' if 0<=settings['decay']<1 else 'ema_decay'): Shares(**settings)
+    return settings
+
+# %% ../../nbs/config/09_assembly.ipynb #2c76aece
 def frozen_elsewhere(path)->list:
     "The networks that a checkpoint names without holding them"
     if Path(path).suffix!='.pth' or not Path(path).is_file(): return []
@@ -220,15 +235,24 @@ def model_with_weights(
     g = Section(config).section('Global')
     key = 'checkpoints' if g.get('checkpoints') else 'pretrained_model'
     path = g.read(key, str, None)
-    if path is None: return _of_their_own(config, g).eval()
+    if path is None: return with_means(config, _of_their_own(config, g)).eval()
     set_seed(g.read('seed', int, 1024, least=0))
     with g.blame(key):
         file = path if path in TEACHERS else existing(path, ('','.pth','.pdparams'))
         frozen = frozen_elsewhere(file)
         model = build_networks(config, load=frozen)
-        if frozen: load_state(as_nets(model), file)
+        if _holds_means(config, file): load_state(as_nets(model := with_means(config, model)), file)
+        elif frozen: load_state(as_nets(model), file)
         else: load_into(model, path)
-    return model.eval()
+    return (model if _holds_means(config, file) else with_means(config, model)).eval()
+
+def _holds_means(config, file):
+    "Has a checkpoint the means that the configuration asks for?"
+    means = ema_names(config)
+    if not means or Path(file).suffix!='.pth' or not Path(file).is_file(): return False
+    state = load_file(file)
+    model = state.get('model') if isinstance(state, dict) else None
+    return isinstance(model, dict) and set(means) <= {k.partition('.')[0] for k in model}
 
 def _of_their_own(config, g):
     models = Section(config, 'Architecture').get('Models') or {}
@@ -247,7 +271,8 @@ def sources_of(
         own = models.get(name) or {}
         begun = f"as {own['init']}" if own.get('init') else None
         return str(whole or own_weights(own) or begun or f"new (seed {seed})")
-    return {name: source(name) for name in net_names(config)}
+    means = {m: f'the mean of {n}' for m,n in ema_names(config).items()}
+    return {name: source(name) for name in net_names(config)} | means
 
 def begins_trained(
     config:dict, # The whole configuration
@@ -340,7 +365,7 @@ def experiment(
     run = run_settings(config)
     run.eval_first = begins_trained(config) and not run.resume
     set_seed(run.seed)
-    with timed(run.seconds, 'networks'): nets = as_nets(_for_training(config, run))
+    with timed(run.seconds, 'networks'): nets = as_nets(with_means(config, _for_training(config, run)))
     with timed(run.seconds, 'data'): dls,evals = _loaders(config)
     check_heights(config, nets)
     schedule = lr_schedule(_lr_section(config), run.epochs, len(dls.train))
@@ -353,6 +378,7 @@ def experiment(
         schedule=schedule, run=run, pictures=picture_settings(config), sources=sources_of(config),
         **build_optimizer(Section(config).section('Optimizer')))
     exp.run.cbs = [*exp.run.cbs, *_trackers(config)]
+    if nets.means: exp.cbs = [*exp.cbs, EMA(**ema_settings(config))]
     if run.eval_first: exp.cbs = [*exp.cbs, *_label_watch(config, exp)]
     with Section(config, 'Global').blame('average_with_start'):
         if share := _averages(config): exp.weights = Between(nets, share)
@@ -439,7 +465,8 @@ def outline(
     config = usable(config)
     arch = _without_cache(config['Architecture'])
     whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None}, Architecture=arch)
-    exp = Experiment(nets=as_nets(build_model(whole)), terms=build_terms(config), dls=None, sources=sources_of(config),
+    nets = as_nets(with_means(config, build_model(whole)))
+    exp = Experiment(nets=nets, terms=build_terms(config), dls=None, sources=sources_of(config),
         example=example_batch(config))
     exp.pictures = Pictures(task=task(config), cost_shape=_picture_shape(config))
     return exp
@@ -456,7 +483,7 @@ def _operation_value(config, names, key, default):
 def _picture_shape(config):
     if task(config)=='rec':
         return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
-    height,width = _operation_value(config, ('EastRandomCropData',), 'size', (640,640))
+    height,width = _operation_value(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
     return 3,int(height),int(width)
 
 # %% ../../nbs/config/09_assembly.ipynb #cd5c1e2d

@@ -12,8 +12,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 import torch
-from .assembly import _averages, _device, _epochs, _precision, as_nets, check_heights, eval_steps
-from .assembly import _picture_shape, fresh, how_to_load, untaught
+from .assembly import _averages, _device, _epochs, _precision, as_nets, check_heights, ema_settings
+from .assembly import _picture_shape, eval_steps, fresh, how_to_load, untaught
 from .data import build_operations, eval_sides, loader_settings, source_arguments
 from .evaluation import build_decoder, build_metric
 from .files import check, read_config
@@ -111,8 +111,9 @@ def _check_optimizer(config):
 # %% ../../nbs/config/11_check.ipynb #40b85af8
 def _parts(config):
     "What is built of a configuration, each by a function without arguments"
-    yield from (partial(build, config) for build in
-        (check, _check_run, _check_networks, build_terms, build_decoder, build_metric, _check_optimizer))
+    builders = (check, _check_run, _check_networks, build_terms, build_decoder, build_metric, _check_optimizer,
+        ema_settings)
+    yield from (partial(build, config) for build in builders)
     yield from (partial(_check_side, config, side) for side in ('Train','Eval'))
 
 def _with_characters(config):

@@ -80,6 +80,8 @@ def build_operations(
         if keep is None and len(trying.each)==refused: _check_last(dataset, path[-1], made)
     trying.done()
     if keep is not None: return [o for o in made if not isinstance(o, KeepKeys)],keep
+    for o in made[:-1]:
+        if hasattr(o, 'counts'): o.counts = 'label_ace' in made[-1].keep_keys
     return made[:-1],made[-1].keep_keys
 
 def _check_last(dataset, key, made):

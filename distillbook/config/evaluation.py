@@ -9,7 +9,7 @@ __all__ = ['POST_KEYS', 'POST_IGNORED', 'METRIC_KEYS', 'PREFIX', 'decoder_of', '
            'build_decoder', 'head_output', 'check_evaluation_keys', 'build_metric']
 
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
-from .networks import characters, net_names, task
+from .networks import all_names, characters, ema_names, net_names, task
 from .registry import DECODERS, METRICS, arguments, build, called, parameters
 from .values import Section, Trying
 from ..core import unknown
@@ -77,14 +77,15 @@ def decoded_nets(
     section = Section(config).maybe('PostProcess')
     own = str(section.get('name')).startswith(PREFIX)
     several = 'Models' in config['Architecture'] if config.get('Architecture') else own
-    if not several: return None
+    means = ema_names(config)
+    if not several: return ['Model',*means] if means else None
     nets,trying = section.names('model_name', ['student'] if own else net_names(config)),Trying()
     for n in nets:
         with trying():
-            if config.get('Architecture') and n not in net_names(config):
-                raise section.unknown('net', n, net_names(config), 'model_name')
+            if config.get('Architecture') and n not in all_names(config):
+                raise section.unknown('net', n, all_names(config), 'model_name')
     trying.done()
-    return nets
+    return nets + [m for m,n in means.items() if n in nets and m not in nets]
 
 def build_decoder(
     config:dict, # The whole configuration
@@ -97,7 +98,10 @@ def build_decoder(
     with trying(): nets = decoded_nets(config)
     trying.done()
     if nets is None: return lambda preds, second=None: decoder(head_output(preds, None, decoder), second)
-    return lambda preds, second=None: {n: decoder(head_output(preds[n], key, decoder), second) for n in nets}
+    def decode(preds, second=None): # A mean over time may rest while the others train
+        there = [n for n in nets if n in preds or n not in ema_names(config)]
+        return {n: decoder(head_output(preds[n], key, decoder), second) for n in there}
+    return decode
 
 # %% ../../nbs/config/06_evaluation.ipynb #9f773f29
 def head_output(
@@ -108,6 +112,7 @@ def head_output(
     "The output that a decoder reads"
     head = getattr(decoder, 'head', 'ctc') # None: a decoder of the whole output, as a detector's
     if head is None: return pred
+    if isinstance(pred, (tuple,list)): pred = pred[-1] # Features and logits of a head with `return_feats`
     if isinstance(pred, dict) and key in pred: pred = pred[key]
     if isinstance(pred, dict) and 'head_out' in pred: pred = pred['head_out']
     if not isinstance(pred, dict): return pred
@@ -161,9 +166,10 @@ def build_metric(
 def _metric_net(config, section):
     "The network that counts; None without one"
     key = section.read('key', str, None) if section.get('name')=='DistillationMetric' else None
-    if key and config.get('Architecture') and key not in net_names(config):
-        raise section.unknown('net', key, net_names(config), 'key')
-    return key
+    if key and config.get('Architecture') and key not in all_names(config):
+        raise section.unknown('net', key, all_names(config), 'key')
+    of = {n: m for m,n in ema_names(config).items()} # What is measured of a network is its mean, as in PaddleOCR
+    return of.get(key or 'Model', key)
 
 def _metric_given(config, cls):
     given = given_by_characters(config, cls)

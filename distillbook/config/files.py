@@ -25,11 +25,12 @@ SECTIONS = 'Global Architecture Loss Optimizer PostProcess Metric Train Eval wan
 GLOBAL = ('use_gpu use_amp amp_dtype epoch_num log_smooth_window print_batch_step save_model_dir save_epoch_step'
     ' eval_batch_step cal_metric_during_train pretrained_model checkpoints infer_img character_dict_path'
     ' max_text_length use_space_char infer_mode save_res_path save_inference_dir seed threads compile'
-    ' pretrained_dict_path use_tensorboard use_wandb accept keep_statistics average_with_start').split()
+    ' pretrained_dict_path use_tensorboard use_wandb accept keep_statistics average_with_start use_ema ema_decay'
+    ' ema_decay_type').split()
 GLOBAL_IGNORED = ('debug use_visualdl distributed d2s_train_image_shape amp_custom_black_list amp_custom_white_list'
     ' amp_level scale_loss use_dynamic_loss_scaling use_xpu use_npu use_mlu use_tensorrt print_mem_info'
     ' uniform_output_enabled calc_epoch_interval character_type model_name save_ckpt_to_wandb'
-    ' log_ranks to_static export_with_pir').split()
+    ' log_ranks to_static export_with_pir ema_filter_no_grad').split()
 
 # %% ../../nbs/config/08_files.ipynb #e9ee2755
 ARCHITECTURE = 'model_type name algorithm Models Transform Backbone Neck Head return_all_feats'.split()

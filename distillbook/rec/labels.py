@@ -86,11 +86,12 @@ def _onnx_file(path):
 
 @patch(cls_method=True)
 def from_onnx(cls:Alphabet,
-    path, # An ONNX recogniser with the metadata key `character`; `UserError` if it does not hold together
+    path, # An ONNX recogniser with the metadata key `character`, or a .txt beside it; `UserError` if that does not fit
 )->Alphabet: # As many classes as the model's output has
     "The alphabet that an ONNX recogniser carries"
     model = _onnx_file(path)
-    chars = {p.key:p.value for p in model.metadata_props}.get('character')
+    chars,beside = {p.key:p.value for p in model.metadata_props}.get('character'),Path(path).with_suffix('.txt')
+    if chars is None and beside.is_file(): chars = beside.read_text(encoding='utf-8').removesuffix('\n')
     if chars is None: raise UserError(f"{path}: holds no alphabet (metadata key 'character')")
     dims = [d.dim_value for o in model.graph.output[:1] for d in o.type.tensor_type.shape.dim]
     chars,n = chars.split('\n'), dims[-1] if dims else 0

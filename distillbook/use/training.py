@@ -418,11 +418,13 @@ def _enough_to_train(exp):
 
 def _scorer(exp):
     "From the outputs of a training step and its batch to numbers"
+    metric = copy.copy(exp.metric)
+    if exp.nets.means: metric.key = exp.nets.means.get(metric.key, metric.key) # A mean rests while the others train
     def score(preds, batch):
         preds = _detached(preds if exp.nets.names!=['Model'] else preds['Model'])
-        exp.metric.reset()
-        exp.metric(exp.decoder(preds, batch[1]), batch)
-        return exp.metric.get_metric()
+        metric.reset()
+        metric(exp.decoder(preds, batch[1]), batch)
+        return metric.get_metric()
     return score
 
 def _detached(o):
@@ -489,8 +491,8 @@ def look_over_data(exp:Experiment, frames:int=None)->list: # Texts
     sets = {k: (dl, n) for k,(dl,n) in sets.items() if _are_prepared(dl)}
     if sets: from distillbook.use.given import look_over, sentences
     exp.given = {k: look_over(dl.dataset, n) for k,(dl,n) in sets.items()}
-    origins = ', '.join(f"{n} {exp.sources.get(n, 'new')}{' (frozen)' if n in exp.nets.frozen else ''}"
-        for n in exp.nets.names)
+    still = exp.nets.frozen - set(exp.nets.means)
+    origins = ', '.join(f"{n} {exp.sources.get(n, 'new')}{' (frozen)' if n in still else ''}" for n in exp.nets.names)
     found = [s for side,o in exp.given.items() for s in sentences(side, o, side=='Train')]
     return [f'weights: {origins}', *found]
 
@@ -791,7 +793,8 @@ def _begin(learn, exp):
     "Say what is going to happen, and on what"
     run = exp.run
     nets,dls,others = learn.model,learn.dls,num_distrib()-1
-    names = ', '.join(f"{n}{' frozen' if n in nets.frozen else ''}" for n in nets.names)
+    still = nets.frozen - set(nets.means)
+    names = ', '.join(f"{n}{' frozen' if n in still else ''}" for n in nets.names)
     ranks = f' and {others} other ranks' if others>0 else ''
     log.info('train with %d networks (%s), %d lines, %d steps an epoch, on %s%s', len(nets.names), names,
         len(dls.train.dataset), len(dls.train), _machine_in_words(learn), ranks)

@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoint import load_file as read_checkpoint
 from ..core import UserError, unknown, write_beside
 from ..nets import Nets
-from ..reparam import RepLayer
+from ..reparam import Branched
 from .released import TEACHERS, teacher_file
 
 # %% ../../nbs/use/01_weights.ipynb #a542d910
@@ -489,7 +489,7 @@ def _load_one(target, file, strict):
     "An ONNX file's weights: always those of one network"
     if names := _net_names(target):
         raise UserError(f"{file} holds one network; which is to have it? net={' or '.join(map(repr, names))}")
-    if any(isinstance(m, RepLayer) for m in target.modules()): return _load_fused(target, file)
+    if any(isinstance(m, Branched) for m in target.modules()): return _load_fused(target, file)
     if branches_for_training(target): return load_released(target, file)
     fit = fill_weights(target, onnx_state(target, file), file, strict)
     _say_what_is_left(fit, file)
