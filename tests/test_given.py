@@ -162,7 +162,7 @@ def test_a_frozen_copy_of_what_nobody_loaded_does_not_teach(inhome, tmp_path):
     "`init` is no weights, if those of the other network are new; chains of it are followed"
     changes = ['Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', 'Global.save_model_dir=never']
     (inhome/'copies.yml').write_text(YAML.replace(f'Teacher: {NET}, Student: {NET}', f'Student: {NET}, Third: {{init: Student}}, Teacher: {{init: Third, freeze_params: true}}'))
-    with pytest.raises(UserError, match='Architecture.Models.Teacher.pretrained: this network is frozen and teaches, but has no weights'): experiment(load_config('copies.yml', changes))
+    with pytest.raises(UserError, match='Architecture.Models.Teacher.pretrained: this network is frozen and teaches, but has no weights: -o Architecture.Models.Student.pretrained=FILE'): experiment(load_config('copies.yml', changes))
     from distillbook.use.weights import save_weights
     save_weights(experiment(load_config('given.yml')).nets['Student'], tmp_path/'s.pth')
     assert 'Teacher' in experiment(load_config('copies.yml', [*changes, f'Architecture.Models.Student.pretrained={tmp_path}/s.pth'])).nets.frozen

@@ -321,9 +321,12 @@ def _is_loaded(models, name):
     return part.get('pretrained') or (part.get('init') and _is_loaded(models, part['init']))
 
 def how_to_load(
-    net:Section, # A frozen network of `Models`
+    config:dict, net:str, # The whole configuration, and the name of a frozen network
 )->str:
-    "What to write behind the command, to be pasted"
+    "What to write behind the command, to be pasted; of a copy (`init`), for the network that it is a copy of"
+    models = Section(config, 'Architecture', 'Models')
+    while models.get(net).get('init') in models: net = models.get(net)['init']
+    net = Section(config, *models.path, net)
     file,none = (net.option('pretrained', value) for value in ('FILE','none'))
     return f"{file}, or {none} to have it teach as chance made it"
 
@@ -335,7 +338,7 @@ def check_teachers(
     trying = Trying()
     for name in untaught(config, terms):
         net = Section(config, 'Architecture', 'Models', name)
-        message = f"this network is frozen and teaches, but has no weights: {how_to_load(net)}"
+        message = f"this network is frozen and teaches, but has no weights: {how_to_load(config, name)}"
         with trying(): raise net.refuse(message, 'pretrained')
     trying.done()
 

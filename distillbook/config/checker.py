@@ -147,7 +147,7 @@ def weights_wanted(
     for name in models.values:
         net = Section(config, *models.path, name)
         if net.get('freeze_params') and '.'.join((*models.path, name, 'pretrained')) in missing: names.append(name)
-    return {n: how_to_load(Section(config, *models.path, n)) for n in names}
+    return {n: how_to_load(config, n) for n in names}
 
 # %% ../../nbs/config/11_check.ipynb #59a9d37c
 def report(
