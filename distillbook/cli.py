@@ -483,11 +483,11 @@ def teachers(as_json:bool=JSON):
         from distillbook.use.released import list_teachers
         rows = list_teachers()
         if as_json: return print(json.dumps(rows, default=str))
-        t = Table('name', 'what it is', 'package', 'licence', 'MB', 'here')
+        t = Table('name', 'what it is', 'trains', 'package', 'licence', 'MB', 'here')
         for r in rows:
             here = 'yes' if r['here'] else 'no: fetched when first used'
-            t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}",
-                here)
+            t.add_row(r['name'], r['about'], 'yes' if r['trains'] else 'no', f"{r['package']} {r['version']}",
+                r['licence'], f"{r['size']/1e6:.1f}", here)
         console.print(t)
 
 # %% ../nbs/use/08_cli.ipynb #e94c378a
@@ -525,11 +525,23 @@ def _show_reports(rows):
     refused = sum(bool(r['refusals']) for r in rows)
     if len(rows)==1:
         for key,paths in rows[0]['missing'].items(): say(f"not here: {key}: {', '.join(paths)}")
+        _show_weights(rows)
         return say(f"{rows[0]['file']}: {_refusals(rows[0]) or 'accepted'}")
     above = os.path.commonpath([os.path.dirname(os.path.abspath(r['file'])) for r in rows])
-    table([{'file': os.path.relpath(r['file'], above), 'refused': len(r['refusals']) or '',
-        'files not here': sum(map(len, r['missing'].values())) or ''} for r in rows])
+    table([{'file': os.path.relpath(r['file'], above), **_counts(r)} for r in rows])
+    _show_weights(rows)
     say(f"{len(rows)-refused} of {len(rows)} accepted")
+
+def _counts(r):
+    "The numbers of a file; nothing where there is none"
+    missing = sum(map(len, r['missing'].values()))
+    return {'refused': len(r['refusals']) or '', 'files not here': missing or '',
+        'weights wanted': ', '.join(r['weights'])}
+
+def _show_weights(rows):
+    "How to give each network weights that has none"
+    wanted = {name: how for r in rows for name,how in r['weights'].items()}
+    for name,how in wanted.items(): say(f"{name} is frozen, teaches, and has no weights: {how}")
 
 def _refusals(r):
     n = len(r['refusals'])

@@ -1,5 +1,5 @@
 "PP-OCRv4's recogniser: labels, texts, losses and whole steps against PaddleOCR's own numbers"
-import json, logging
+import json, logging, re
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from fastai.basics import Callback, CancelValidException
@@ -284,10 +284,11 @@ def test_the_published_distillation_runs(words, tmp_path, caplog):
     say_once.cache_clear()
     with caplog.at_level(logging.INFO, 'distillbook'):
         path = as_published(words, tmp_path)
-        with pytest.raises(UserError, match='Teacher.pretrained: this network is frozen and teaches, but has no weights'): experiment(load_config(path))
+        with pytest.raises(UserError, match='Teacher.pretrained: this network is frozen and teaches, but has no weights') as refusal: experiment(load_config(path))
+        pasted, = re.findall(r'-o (\S+=none)', str(refusal.value)) # What is to be written is in the message
         say_once.cache_clear()
         caplog.clear()
-        cfg = load_config(path, ['Architecture.Models.Teacher.pretrained=none'])
+        cfg = load_config(path, [pasted])
         exp = experiment(cfg)
         train(exp)
     said = [r.getMessage() for r in caplog.records]
@@ -302,7 +303,9 @@ def test_a_name_left_behind_is_not_a_typing_mistake(words, tmp_path):
     path = as_published(words, tmp_path)
     with pytest.raises(UserError, match='there is no output/mine/latest'): experiment(load_config(path, ['Global.checkpoints=output/mine/latest']))
     with pytest.raises(UserError, match='there is no'): experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactored']))
-    assert experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactor'])).nets
+    names = ['Global.checkpoints=','Global.pretrained_model=refactor'] # Nothing is loaded by such a name, the teacher neither
+    with pytest.raises(UserError, match='has no weights'): experiment(load_config(path, names))
+    assert experiment(load_config(path, [*names, 'Architecture.Models.Teacher.pretrained=none'])).nets
 
 def test_weights_of_a_backbone_are_named_beside_it(words, tmp_path):
     path,key = as_published(words, tmp_path),'Architecture.Models.Student.Backbone.pretrained'
