@@ -10,7 +10,7 @@ __all__ = ['log', 'RANKS', 'BATCHES', 'STREAMS', 'CHOICES', 'PARTS', 'NOT_SOUND'
            'setup', 'check_same', 'Stopped', 'Checkpoint']
 
 # %% ../nbs/learning/09_checkpoint.ipynb #a5685e25
-import hashlib, inspect, io, logging, math, random, signal, threading, zipfile
+import hashlib, inspect, io, logging, math, os, random, signal, threading, zipfile
 from collections import deque
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, get_model, num_distrib, rank_distrib, to_device
 from fastai.callback.all import MixedPrecision, ParamScheduler
 from .cache import CachedNet
-from .core import UserError, unknown, write_beside
+from .core import UserError, check_file, unknown, write_beside
 from .learner import DistillLearner
 from .metrics import less_is_better
 from .nets import Nets
@@ -49,6 +49,7 @@ def load_file(
     path, # A file from `save_file`
 )->dict:
     "What `save_file` wrote; weights only, so that a stranger's file can do no harm"
+    if os.path.exists(path): check_file(path)
     try:
         if zipfile.is_zipfile(path): _check_sums(path)
         return torch.load(path, map_location='cpu', weights_only=True)

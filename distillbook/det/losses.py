@@ -14,7 +14,7 @@ __all__ = ['MAP_LOSSES', 'PIXEL_LOSSES', 'MAPS', 'alike', 'dice_loss', 'pixel_bc
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..core import UserError, unknown
-from ..losses import dml_paddle, kl_paddle, upcast
+from ..losses import counting, dml_paddle, kl_paddle, mean_where, upcast, without
 
 # %% ../../nbs/det/08_losses.ipynb #b2ae68bc
 def alike(
@@ -272,9 +272,10 @@ def dml_maps(
     a:Tensor, b:Tensor, # Maps of two students [N,3,H,W]
     maps_name:str='thrink_maps', # 'shrink_maps' (or PaddleOCR's 'thrink_maps'), 'threshold_maps' or 'binary_maps'
     act:str|None=None, use_log:bool=False, # Of `dml_paddle`
+    mask:Tensor|None=None, # 1 where it counts, else 0 [N,H,W]
 )->Tensor: # Scalar, the mean over the batch
     "Mutual learning of one of the maps, with gradients into both"
-    return dml_paddle(*[one_map('dml_maps', o, maps_name) for o in (a, b)], act, use_log)
+    return dml_paddle(*[one_map('dml_maps', o, maps_name) for o in (a, b)], act, use_log, mask)
 
 dml_maps.train_only = True
 dml_maps.shapes = 'same'
@@ -290,10 +291,13 @@ def dkd_maps(
     a:Tensor, b:Tensor, # Maps of a student and of its teacher [N,3,H,W]
     maps_name:str='thrink_maps', # See `dml_maps`
     alpha:float=1., # Weight
-)->Tensor: # Scalar, the mean over all pixels
+    mask:Tensor|None=None, # 1 where it counts, else 0 [N,H,W]
+)->Tensor: # Scalar, the mean over all pixels that count
     "Decoupled distillation of one of the maps; text or not are two classes, so that the part of the others is empty"
     p,q = upcast(*[one_map('dkd_maps', o, maps_name) for o in (a, b)])
-    return alpha*(pixel_bce(p, q) - pixel_bce(q, q).detach()).mean()
+    mask = counting('dkd_maps', mask, p.shape)
+    p,q = without(mask, p, q)
+    return alpha*mean_where(pixel_bce(p, q) - pixel_bce(q, q).detach(), mask)
 
 kl_maps.train_only = dkd_maps.train_only = True
 kl_maps.shapes = dkd_maps.shapes = 'same'

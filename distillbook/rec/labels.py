@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from string import ascii_lowercase, digits
 from fastcore.basics import patch
-from ..core import UserError
+from ..core import UserError, check_file, file_bytes
 
 # %% ../../nbs/rec/00_labels.ipynb #14476b8c
 LOST = '\ufffd' # Stands for a character that an alphabet lacks, where a label is only measured against
@@ -61,8 +61,7 @@ def read_characters(
 )->list: # The characters in the order of their classes; `UserError` if the file cannot be read
     "The characters in a PaddleOCR dictionary file"
     if path is None: return list(digits+ascii_lowercase)
-    try: lines = Path(path).read_bytes().decode('utf-8-sig').split('\n')
-    except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
+    try: lines = file_bytes(path).decode('utf-8-sig').split('\n')
     except UnicodeDecodeError as e: raise UserError(f"{path}: byte {e.start} is not UTF-8") from None
     if not lines[-1]: lines.pop()
     return [o.removesuffix('\r') for o in lines] + [' ']*use_space_char
@@ -80,6 +79,7 @@ def _onnx_file(path):
     "An ONNX file without the weights that lie beside it"
     import onnx
     from google.protobuf.message import DecodeError
+    check_file(path)
     try: return onnx.load(path, load_external_data=False)
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
     except DecodeError: raise UserError(f"{path}: not an ONNX file, or only a part of one") from None

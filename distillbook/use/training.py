@@ -29,7 +29,7 @@ from fastai.callback.all import MixedPrecision, ProgressCallback
 
 # %% ../../nbs/use/03_training.ipynb #15dedb95
 from ..checkpoint import Checkpoint, frozen_hashes, load_file, save_file, without_frozen
-from ..core import UserError, keep_memory, printable, say_once, usable_cores, write_beside
+from ..core import UserError, check_file, keep_memory, printable, say_once, usable_cores, write_beside
 from ..learner import DistillLearner, distill_learner, param_groups
 from ..nets import Nets, Targets, look_up
 from ..schedules import FollowSchedule
@@ -270,7 +270,7 @@ def write_metrics(rows:list, path):
 def read_metrics(path)->list: # Of dicts; none, if there is no such file
     "The rows of a `metrics.csv`"
     path = Path(path)
-    if not path.is_file(): return []
+    if not os.path.isfile(path): return []
     kinds = dict(step=int, epoch=int)
     try:
         lines = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
@@ -764,7 +764,7 @@ def check_unfinished(
     run:Run,
 ):
     "`UserError` if the run that is to be gone on from has ended"
-    if not run.resume or not (Path(run.resume).parent/'summary.json').exists(): return
+    if not run.resume or not os.path.exists(Path(run.resume).parent/'summary.json'): return
     state = load_file(run.resume)
     if not isinstance(state, dict) or state.get('batch', 0) is not None: return
     if not isinstance(state.get('epoch'), int): return
@@ -777,8 +777,12 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def _log_file(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    file,level = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder/'train.log').exists(): check_file(folder/'train.log')
+        file,level = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: a run cannot be kept here: {getattr(e, 'strerror', None) or e}") from None
     claim(file.stream)
     file.setFormatter(_OneLine('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
     log.setLevel(logging.INFO)
@@ -789,6 +793,7 @@ def _log_file(folder):
         log.setLevel(level)
         file.close()
 
+# %% ../../nbs/use/03_training.ipynb #95f33bd7
 def _begin(learn, exp):
     "Say what is going to happen, and on what"
     run = exp.run
