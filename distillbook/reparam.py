@@ -129,7 +129,7 @@ def fuse(
     net:nn.Module, # Changed in place
 )->nn.Module: # `net`
     "One convolution in every layer that is made of branches"
-    for m in [m for m in net.modules() if isinstance(m, RepLayer)]: m.fuse()
+    for m in [m for m in net.modules() if getattr(m, 'fused', None) is False]: m.fuse()
     return net
 
 # %% ../nbs/learning/06b_reparam.ipynb #d84ee627

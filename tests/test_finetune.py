@@ -4,6 +4,7 @@ import pytest, torch
 from torch import nn
 from distillbook.core import UserError
 from distillbook.det.nets import ppocrv3_det
+from distillbook.det.render import write_pages
 from distillbook.checkpoint import load_file
 from distillbook.config import load_config
 from distillbook.config.assembly import experiment
@@ -117,6 +118,20 @@ def test_the_preset(tmp_path, caplog):
     for k,p in exp.nets['Model'].named_parameters():
         want = (released[k]+last['model'][f'Model.{k}'])/2 if best['step'] else released[k]
         assert torch.allclose(best['model'][f'Model.{k}'], want, atol=1e-6), k
+
+def test_the_detectors_preset(tmp_path):
+    "`configs/det/finetune.yml` with nothing but data (and smaller windows, for the time)"
+    for part,n,seed in (('train',3,1), ('val',2,2)): write_pages(tmp_path/part, n, seed, 160, 160)
+    data = [f'{side}.dataset.{k}' for side,part in (('Train','train'),('Eval','val')) for k in (f'data_dir={tmp_path}/{part}', f'label_file_list=[{tmp_path}/{part}/label.txt]')]
+    exp = experiment(load_config('det/finetune', [*data, 'Global.epoch_num=1', 'Train.dataset.transforms.3.EastRandomCropData.size=[160,160]', 'Eval.dataset.transforms.2.DetResizeForTest={limit_side_len: 160, limit_type: min}', 'Optimizer.lr.warmup_epoch=0', f'Global.save_model_dir={tmp_path}/run', 'Global.use_gpu=false']))
+    start = {k: v.clone() for k,v in exp.nets['Model'].state_dict().items()}
+    released = load_teacher('PP-OCRv3_det').state_dict()
+    assert all(torch.equal(start[k], v) for k,v in released.items()) and any('thresh' in k for k in set(start)-set(released))
+    train(exp)
+    assert [r['step'] for r in read_metrics(tmp_path/'run/metrics.csv')]==[0,1]
+    now,best = exp.nets['Model'].state_dict(),load_file(tmp_path/'run/best_accuracy.pth')
+    assert all(torch.equal(start[k], now[k]) for k in now if 'running' in k) and any(not torch.equal(start[k], now[k]) for k in now)
+    assert best['step'] in (0,1)
 
 @pytest.mark.parametrize('wear', WEAR)
 def test_worn_lines(wear, tmp_path):

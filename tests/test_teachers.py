@@ -27,7 +27,7 @@ def test_recognisers_read(name):
     assert y.shape[-1]==len(alphabet) and [t.strip() for t,_ in ctc_decode(y, alphabet)]==WORDS.words
     assert isinstance(net, RecModel if TEACHERS[name].trains else OnnxNet) and not net.training
     probs = ort.InferenceSession(teacher_file(name)).run(None, {'x': X.numpy()})[0]
-    np.testing.assert_allclose(y.softmax(-1).numpy(), probs, atol=1e-5)
+    np.testing.assert_allclose(y.softmax(-1).numpy(), probs, atol=1e-4 if 'v5' in name else 1e-5)
     letters = Alphabet('0123456789LIMTProngh')
     cut = Sliced(net, letters.columns_in(alphabet))
     with torch.no_grad(): assert [t.strip() for t,_ in ctc_decode(cut(X), letters)][1:3]==['80517','LIMIT']

@@ -231,16 +231,18 @@ def build(
     return called(entry, arguments(entry, section, skip, ignored, **given), section)
 
 # %% ../../nbs/config/02_registry.ipynb #56b9753c
-from .. import backbones
-from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet
+from .. import backbones, hgnetv2, repvit
+from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet, svtrv2
 from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
 
 # %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
-BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small)} # For lines, and with `det` for pages
+BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, # For lines, and with `det` for pages
+    hgnetv2.PPHGNetV2_B4)}
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
-        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, **BOTH),
-    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, **BOTH))
+        PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, SVTRv2=svtrv2.SVTRv2,
+        RepSVTR=repvit.RepSVTR, **BOTH),
+    det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, RepSVTR_det=repvit.RepSVTR_det, **BOTH))
 ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
     svtr=rec_neck.EncoderWithSVTR)
 NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),

@@ -1,4 +1,4 @@
-"""PP-OCRv4 was released as it is used, its branches added up. Here it becomes a network that learns.
+"""PP-OCRv4 and v5 were released as they are used, branches added up. Here they become networks that learn.
 
 Docs: https://distillbook.github.io/distillbook/use/fused.html.md"""
 
@@ -22,10 +22,10 @@ from .weights import onnx_graph, onnx_weights, threshold_twin
 
 # %% ../../nbs/use/01b_fused.ipynb #64deaea0
 def used_in_order(
-    path, # ONNX file with Paddle's names
-)->list: # Of (Paddle's name, array)
+    path, # ONNX file that Paddle's exporter has written
+)->list: # Of (name, array)
     "The weights of a file in the order in which its graph uses them"
-    weights = onnx_weights(path)
+    weights = onnx_weights(path, named=False)
     used = dict.fromkeys(name for node in onnx_graph(path).node for name in node.input if name in weights)
     return [(name, weights[name]) for name in used]
 

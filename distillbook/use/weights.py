@@ -13,7 +13,7 @@ __all__ = ['PADDLE_LAYERS', 'ONNX_LEAVES', 'STAND_INS', 'NOT_WEIGHTS', 'PADDLE_L
            'save_weights', 'extract']
 
 # %% ../../nbs/use/01_weights.ipynb #8ec575ae
-import copy, logging, os, pickle, re
+import copy, logging, math, os, pickle, re
 from collections import OrderedDict
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -31,6 +31,7 @@ from .released import TEACHERS, teacher_file
 # %% ../../nbs/use/01_weights.ipynb #a542d910
 def onnx_weights(
     path, # ONNX file; `UserError` if it is missing or corrupt
+    named:bool=True, # Only what has a name of Paddle's? Else all floats but the exporter's own constants
 )->dict: # Paddle's name, e.g. 'conv2d_37.w_0', to numpy array
     "The weights in an ONNX file that Paddle's exporter has written"
     from onnx import numpy_helper
@@ -38,13 +39,18 @@ def onnx_weights(
     constants = [n for n in graph.node if n.op_type=='Constant' and n.output and n.attribute]
     tensors = {n.output[0]: n.attribute[0].t for n in constants}
     tensors |= {t.name: t for t in graph.initializer}
-    tensors = {k: t for k,t in tensors.items() if isinstance(k, str) and re.fullmatch(_NAME, k)}
+    tensors = {k: t for k,t in tensors.items() if isinstance(k, str) and _is_weight(k, t, named)}
     for k,t in tensors.items():
         if t.data_location==t.EXTERNAL: raise UserError(f"{path}: {k} lies in another file, which is not read")
     try: return {k: numpy_helper.to_array(t) for k,t in tensors.items()}
     except Exception as e: raise UserError(f"{path}: a tensor in it is not what it says of itself ({e})") from None
 
 _NAME = r'\w+_\d+\.[wb]_\d' # Of a weight, as Paddle gives it
+
+def _is_weight(name, t, named):
+    if re.fullmatch(_NAME, name): return True
+    is_float,one_number = t.data_type==1,len(t.dims)<2 and math.prod(t.dims)==1
+    return not named and 'helper.constant' not in name and is_float and not one_number
 
 def onnx_graph(path):
     import onnx
