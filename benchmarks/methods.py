@@ -1,18 +1,18 @@
 """Which loss? Every method of distillation on one problem, with one budget, against a twin that has the labels only.
 
-    python -m benchmarks.methods [--seeds 0 1 2 3 4] [--epochs 16] [--only kd rkd ...] [--threads 1] [--out FOLDER]
+    python -m benchmarks.methods [--labels 200] [--seeds 0 1 2 3 4] [--epochs 12] [--only kd rkd ...] [--threads 1] [--out FOLDER]
 
-scikit-learn's digits, 8 by 8 pixels: 1,000 to learn from, 200 to choose by, 597 to measure on. A teacher of 58,474 weights, students of 1,228. All
-students of a seed begin with the same weights and see the same batches; they are trained side by side in one learner, where none touches
-another. A term's weight is .1, 1 or 10 times that at which its first gradient is as long as that of the labels, whichever was best on
-the 200 pictures with two seeds that are not in the table. What a step costs is measured for each method by itself, in CPU time of one thread.
+scikit-learn's digits, 8 by 8 pixels: 1,000 to learn from, 200 to choose by, 597 to measure on. A teacher of 58,474 weights saw the labels of all
+1,000, students of 1,228 weights have those of `--labels`; where a loss wants a label and there is none, it gets the teacher's. All students of a seed begin with the same weights and see the same batches; they are trained side by side in one learner, where none touches
+another. A term's weight is that at which its first gradient is as long as that of the labels; with `--choose` .1, 1 or 10 times that, whichever
+is best on the 200 pictures with two seeds that are not in the table. What a step costs is measured for each method by itself, in CPU time of one thread.
 Each seed's numbers are written when it ends, and a seed whose numbers are there is not run again. `methods.json` holds all of them;
 copied to `benchmarks/results`, it is what the chapter shows."""
 import argparse, copy, json, sys, time
 from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch
 from fastai.basics import Callback, CancelValidException, DataLoader, DataLoaders, set_seed
 from sklearn.datasets import load_digits
 from torch import nn
@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from benchmarks.quickstart import machine
 from distillbook.core import write_beside
 from distillbook.features import cwd, ofd, ofd_margin, pkd, pyramid
-from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, ReviewKD, Reused, VID
+from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, ReviewKD, VID
 from distillbook.learner import distill_learner
 from distillbook.logits import kd_ensemble, mlkd, nkd, ttm, uskd, wsl, wttm
 from distillbook.losses import attention_transfer, cosine, cross_entropy, dist, distance, dkd, kd
@@ -38,11 +38,14 @@ def digits():
     found = load_digits()
     return torch.tensor(found.images/16, dtype=torch.float32)[:,None],torch.tensor(found.target)
 
-def loaders(seed, bs=50):
-    "Picture, label, number"
+def loaders(seed, labels, bs=50):
+    "Picture, label (-100: none), number"
     set_seed(seed)
     x,y = digits()
-    data = TensorDataset(x[LEARN], y[LEARN], torch.arange(1000))
+    known = torch.full((1000,), -100)
+    some = torch.randperm(1000)[:labels]
+    known[some] = y[some]
+    data = TensorDataset(x[LEARN], known, torch.arange(1000))
     dls = DataLoaders(DataLoader(data, bs=bs, shuffle=True, drop_last=True), DataLoader(data, bs=bs))
     for dl in dls: dl.n_inp = 1
     return dls
@@ -68,8 +71,8 @@ class Quiet(Callback):
     "No validation"
     def before_validate(self): raise CancelValidException
 
-def fit(nets, terms, seed, epochs, frozen=(), dls=None):
-    learn = distill_learner(dls or loaders(seed), nets, terms, frozen=frozen, cbs=Quiet(), lr=1e-2)
+def fit(nets, terms, dls, epochs, frozen=()):
+    learn = distill_learner(dls, nets, terms, frozen=frozen, cbs=Quiet(), lr=1e-2)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
     return learn
 
@@ -80,19 +83,20 @@ def teachers():
     for i,name in enumerate(('Teacher','Teacher2','Teacher3')):
         set_seed(50+i)
         found[name] = big()
-        fit({name: found[name]}, [Term(cross_entropy, name, targets=[0])], 50+i, 10)
+        fit({name: found[name]}, [Term(cross_entropy, name, targets=[0])], loaders(50+i, 1000), 10)
     return found
 
 # ---- methods
 
 def of_labels(fn, **kw):
-    "A method on the logits that wants the label too"
-    return lambda s: Term(partial(fn, **kw), s, 'Teacher', targets=[0])
+    "A method on the logits that wants the label too, or else the teacher's"
+    def or_guess(student, teacher, targets): return fn(student, teacher, torch.where(targets>=0, targets, teacher.argmax(-1)), **kw)
+    return lambda s: Term(or_guess, s, 'Teacher', targets=[0])
 
 def on(fn, student='', teacher='', kw={}, **term):
     "A method on outputs or inner layers"
     def at(net, layer): return f'{net}.{layer}' if layer else net
-    return lambda s: Term(partial(fn, **kw) if kw else fn, at(s, student), at(f'Teacher', teacher), **term)
+    return lambda s: Term(partial(fn, **kw) if kw else fn, at(s, student), at('Teacher', teacher), **term)
 
 def before_relu(s): return Term(partial(ofd, margin=ofd_margin(teachers()['Teacher'].body[2][1])), f'{s}.body.1.1', 'Teacher.body.2.1')
 def review(s): return Term(ReviewKD, f'{s}.body.0', f'{s}.body.1', 'Teacher.body.1', 'Teacher.body.2')
@@ -157,21 +161,22 @@ def right(net, part):
     out = net.eval()(x[part])
     return ((out['logits'] if isinstance(out, dict) else out).argmax(1)==y[part]).float().mean().item()
 
-def side_by_side(students, seed, epochs):
+def side_by_side(students, seed, epochs, known):
     "{name: (method, weight)} trained in one learner; the networks"
-    dls = loaders(seed)
+    dls = loaders(seed, known)
     first,given = tiny(),needed([m for m,_ in students.values()])
     nets = {'Alone': copy.deepcopy(first), 'label_smoothing': copy.deepcopy(first)} | {n: student(m, first) for n,(m,_) in students.items()}
     terms = [labels('', 'Alone'), labels('', 'label_smoothing', .1)]
     terms += [t for n,(m,w) in students.items() for t in (labels(m, n), taught(m, n, w))]
-    learn = fit({**given, **nets}, terms, seed, epochs, frozen=list(given), dls=dls)
+    learn = fit({**given, **nets}, terms, dls, epochs, list(given))
     return {n: learn.net(n) for n in nets}
 
-def chosen(methods, epochs):
-    "The best weight of each method on the pictures that are kept for choosing"
+def chosen(methods, epochs, known):
+    "The best weight of each method on the pictures that are kept for choosing; without labels to try it with, as long as the labels'"
     unit = first_gradients(methods)
+    if not known: return {m: dict(factor=1., weight=1/unit[m]) for m in methods}
     tries = {f'{m} {i}': (m, f/unit[m]) for m in methods for i,f in enumerate(FACTORS)}
-    found = [side_by_side(tries, seed, epochs) for seed in TUNING_SEEDS]
+    found = [side_by_side(tries, seed, epochs, known) for seed in TUNING_SEEDS]
     score = {n: sum(right(nets[n], CHOOSE) for nets in found)/len(found) for n in tries}
     of = {m: {f: score[f'{m} {i}'] for i,f in enumerate(FACTORS)} for m in methods}
     best = {m: max(FACTORS, key=lambda f: (of[m][f], f==1)) for m in methods}
@@ -208,9 +213,12 @@ def kept(path, make):
 
 def main():
     ap = argparse.ArgumentParser(prog='python -m benchmarks.methods', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--labels', type=int, default=200, help='Pictures with a label, of 1000')
+    ap.add_argument('--choose', action='store_true', help='Choose each weight out of three (minutes more)')
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2,3,4])
-    ap.add_argument('--epochs', type=int, default=16)
-    ap.add_argument('--longer', type=int, default=3, help='How many times as long the last measurement is; 0: none')
+    ap.add_argument('--epochs', type=int, default=12)
+    ap.add_argument('--longer', type=int, default=0, help='Measure once more with so many times the epochs; 0: not')
+    ap.add_argument('--longer-only', nargs='+', choices=METHODS, help='Methods of that; default: all')
     ap.add_argument('--only', nargs='+', choices=METHODS, default=list(METHODS))
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--out', type=Path, default=Path('runs/methods'))
@@ -218,15 +226,18 @@ def main():
     torch.set_num_threads(a.threads)
     a.out.mkdir(parents=True, exist_ok=True)
     costs = kept(a.out/'costs.json', lambda: step_times(a.only))
-    weights = kept(a.out/'weights.json', lambda: chosen(a.only, a.epochs))
-    students = {m: (m, weights['made'][m]['weight']) for m in a.only}
-    def measured(seed, epochs): return {n: right(net, slice(1200, None)) for n,net in side_by_side(students, seed, epochs).items()}
-    res = dict(command=' '.join(['python -m benchmarks.methods', *sys.argv[1:]]), machine=machine(), torch=torch.__version__, epochs=a.epochs)
+    weights = kept(a.out/'weights.json', lambda: chosen(a.only, a.epochs, a.labels if a.choose else 0))
+    def measured(seed, epochs, methods):
+        students = {m: (m, weights['made'][m]['weight']) for m in methods}
+        return {n: right(net, slice(1200, None)) for n,net in side_by_side(students, seed, epochs, a.labels).items()}
+    said = ['FOLDER' if o==str(a.out) else o for o in sys.argv[1:]]
+    res = dict(command=' '.join(['python -m benchmarks.methods', *said]), machine=machine(), torch=torch.__version__, labels=a.labels, epochs=a.epochs)
     res |= dict(costs=costs['made'], weights=weights['made'], runs={}, cpu_seconds={'choosing weights': weights['cpu_seconds']})
     res['teacher'] = right(teachers()['Teacher'], slice(1200, None))
     for times in ([1, a.longer] if a.longer else [1]):
+        methods = a.only if times==1 else a.longer_only or a.only
         for seed in a.seeds:
-            got = kept(a.out/f'seed{seed}x{times}.json', lambda: measured(seed, a.epochs*times))
+            got = kept(a.out/f'seed{seed}x{times}.json', lambda: measured(seed, a.epochs*times, methods))
             res['runs'].setdefault(f'{a.epochs*times}', {})[f'{seed}'] = {k: round(v, 4) for k,v in got['made'].items()}
             res['cpu_seconds'][f'seed {seed}, {a.epochs*times} epochs'] = got['cpu_seconds']
             print(seed, a.epochs*times, {k: round(v-got['made']['Alone'], 3) for k,v in got['made'].items()}, flush=True)

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import Callback
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .core import UserError
+from .core import UserError, check_file
 from .reparam import fuse
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -82,10 +82,17 @@ class Answers:
 @patch
 def scan(self:Answers)->bool: # Is there a torn record at the end?
     "Note the offsets of records that have come since the last scan"
-    if not self.path.exists():
+    try: return self._scan()
+    except OSError as e: raise UserError(f"{self.path} could not be read: {e.strerror}") from e
+
+@patch
+def _scan(self:Answers):
+    if not os.path.exists(self.path):
         self.offsets.clear()
         self.end = 0
         return False
+    check_file(self.path)
+    if os.path.isdir(self.path): raise UserError(f"{self.path}: a folder, and a file of answers is wanted")
     with open(self.path, 'rb') as f:
         size = f.seek(0, 2)
         if not self._is_about_the_same(f): return False

@@ -10,7 +10,7 @@ __all__ = ['log', 'RANKS', 'BATCHES', 'STREAMS', 'CHOICES', 'PARTS', 'NOT_SOUND'
            'setup', 'check_same', 'Stopped', 'Checkpoint']
 
 # %% ../nbs/learning/09_checkpoint.ipynb #a5685e25
-import hashlib, inspect, io, logging, math, random, signal, threading, zipfile
+import hashlib, inspect, io, logging, math, os, random, signal, threading, zipfile
 from collections import deque
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastai.basics import Callback, CancelEpochException, get_model, num_distrib, rank_distrib, to_device
 from fastai.callback.all import MixedPrecision, ParamScheduler
 from .cache import CachedNet
-from .core import UserError, unknown, write_beside
+from .core import UserError, check_file, unknown, write_beside
 from .learner import DistillLearner
 from .metrics import less_is_better
 from .nets import Nets
@@ -49,6 +49,7 @@ def load_file(
     path, # A file from `save_file`
 )->dict:
     "What `save_file` wrote; weights only, so that a stranger's file can do no harm"
+    if os.path.exists(path): check_file(path)
     try:
         if zipfile.is_zipfile(path): _check_sums(path)
         return torch.load(path, map_location='cpu', weights_only=True)
@@ -106,14 +107,15 @@ def _python(state): return (state[0], tuple(state[1]), state[2])
 def without_frozen(
     nets:Nets,
 )->dict: # Name to tensor
-    "The state of `nets` but for that of frozen networks"
-    return {k: v for k,v in nets.state_dict().items() if k.partition('.')[0] not in nets.frozen}
+    "The state of `nets` but for that of frozen networks; a mean over time is frozen, and changes"
+    still = nets.frozen - set(nets.means)
+    return {k: v for k,v in nets.state_dict().items() if k.partition('.')[0] not in still}
 
 def frozen_hashes(
     nets:Nets,
 )->dict: # Name to hash
     "The frozen networks, each with the hash of its state"
-    return {n: state_hash(nets[n]) for n in nets.names if n in nets.frozen}
+    return {n: state_hash(nets[n]) for n in nets.names if n in nets.frozen and n not in nets.means}
 
 def state_hash(
     net:nn.Module,

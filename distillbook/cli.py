@@ -124,7 +124,7 @@ def save_picture(fig, path):
 def load(config, run, overrides):
     "The configuration in a file or in a run's folder"
     if (config is None)==(run is None): raise UserError("either -c FILE or --run FOLDER is wanted")
-    if run is not None and not (run/'config.yml').exists():
+    if run is not None and not os.path.exists(run/'config.yml'):
         raise UserError(f"{run} is no run's folder: it has no config.yml")
     from distillbook.config.files import load_config
     show_log()
@@ -138,9 +138,9 @@ def load_trained(config, run, overrides):
 
 def _best_state(run):
     best,last = run/'best_accuracy.pth',run/'latest.pth'
-    if not best.exists() and not last.exists():
+    if not os.path.exists(best) and not os.path.exists(last):
         raise UserError(f"{run} has no weights yet: neither best_accuracy.pth nor latest.pth is there")
-    return best if best.exists() else last
+    return best if os.path.exists(best) else last
 
 # %% ../nbs/use/08_cli.ipynb #5b0797fa
 AMP = dict(bf16=['Global.use_amp=true','Global.amp_dtype=bfloat16'],
@@ -267,7 +267,7 @@ def predict(
     """
     with one_line_errors():
         from distillbook.data.pictures import file_and_page
-        more = [o for o in images or [] if '=' in o and not file_and_page(o)[0].exists()]
+        more = [o for o in images or [] if '=' in o and not os.path.exists(file_and_page(o)[0])]
         rows,faults = _predicted(run, config, [o for o in images or [] if o not in more], [*override, *more])
         if as_json: print(json.dumps(rows, ensure_ascii=False))
         else: console.print(_predictions(rows))
@@ -347,7 +347,7 @@ def extract(ctx:typer.Context,
 def _like(source, net, config):
     "The network whose weights these are, if its configuration is at hand"
     near = [config, source/'config.yml', source.parent/'config.yml']
-    file = next((p for p in near if p is not None and p.exists()), None)
+    file = next((p for p in near if p is not None and os.path.exists(p)), None)
     if file is None: return None
     from distillbook.config.networks import build_networks
     model = build_networks(load(file, None, []), load=())
@@ -513,7 +513,7 @@ def check(
 
 def _yaml_files(name):
     "A file, or those of a folder"
-    if not Path(name).is_dir(): return [name]
+    if not os.path.isdir(name): return [name]
     found = sorted(p for p in Path(name).rglob('*') if p.suffix in ('.yml','.yaml'))
     if not found: raise UserError(f"{name}: no .yml or .yaml in this folder")
     return found

@@ -242,7 +242,7 @@ class Recording:
         self.graphed,self.plain,self.why = {},[],{}
         xb,targets = _batch(self.fixed, form)
         self.streams = {n: torch.cuda.Stream() for n in nets.names} if streams else {}
-        for name in sorted(nets.names, key=lambda n: n not in nets.frozen):
+        for name in sorted(nets.running, key=lambda n: n not in nets.frozen):
             own = [self.streams[name]] if streams else []
             try:
                 _check_host(nets[name])
@@ -443,7 +443,7 @@ def _compile(self:Runner, nets, xb, targets):
     self.blocks = make(nets)
     try:
         with as_before(nets, _device(xb)), self._with_blocks(xb):
-            for name in nets.names: _run_once(nets, name, xb, targets)
+            for name in nets.running: _run_once(nets, name, xb, targets)
     except Exception as e:
         self.blocks.remove()
         why = ' '.join((str(e).strip() or type(e).__name__).splitlines()[:2])

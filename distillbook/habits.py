@@ -15,6 +15,7 @@ from functools import partial
 from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
+from pandas import Series
 from torch import Tensor
 from torch.utils.data import default_collate
 from fastcore.basics import patch
@@ -33,6 +34,7 @@ class Habits(Learner):
     "What fastai's users know, for several networks: by layers of each, or for one network at a time"
     monitor,best,form,splitters = None,None,None,None # `form`: how many inputs and targets a batch has
     answers,depths,known_layers = {},(),{}
+    by_name = False # Is a batch one dictionary?
 
 # %% ../nbs/learning/04b_fastai.ipynb #c1f9ca97
 def split_batch(
@@ -192,6 +194,7 @@ def predict(self:Habits, item,
 def loader_of(self:Habits, item, rm_type_tfms=None):
     "A loader of one item, with the transforms of the validation set"
     valid = self.dls.valid
+    if isinstance(item, Series) and hasattr(self.dls, 'test_dl'): return _row_loader(self.dls, item)
     if isinstance(getattr(valid, 'dataset', None), (Datasets,TfmdLists)):
         return self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
     n_inp,n_targets = self.form
@@ -199,6 +202,12 @@ def loader_of(self:Habits, item, rm_type_tfms=None):
     if isinstance(item, (tuple,list)) and len(item) in (n_inp,n_inp+n_targets): sample = tuple(item)[:n_inp]
     if hasattr(valid, 'new'): return valid.new([sample], shuffle=False, drop_last=False, num_workers=0, bs=1)
     return [getattr(valid, 'collate_fn', default_collate)([sample])]
+
+def _row_loader(dls, row):
+    "A loader of one row of a table, which goes through what the table went through"
+    dl = dls.test_dl(row.to_frame().T.infer_objects(), num_workers=0)
+    if hasattr(dl.dataset, 'conts'): dl.dataset.conts = dl.dataset.conts.astype(np.float32)
+    return dl
 
 # %% ../nbs/learning/04b_fastai.ipynb #57fe8e06
 class OneLoss:
@@ -439,9 +448,9 @@ def check_cbs(self:Habits, cbs):
     for cb in L(cbs):
         if isinstance(cb, TrackerCallback) and cb.monitor not in known: raise unknown('monitor', cb.monitor, known)
         if isinstance(cb, TrackerCallback) and not isinstance(cb, KeepBest): _warn_of_direction(self, cb)
-        if isinstance(cb, MixHandler) and self.form not in (None,(1,1)):
-            raise UserError(f"{type(cb).__name__} mixes one input and one target, and a batch here has "
-                            f"{self.form[0]} and {self.form[1]} (a dictionary counts as more)")
+        if isinstance(cb, MixHandler) and (self.by_name or self.form not in (None,(1,1))):
+            what = 'is a dictionary' if self.by_name else f'has {self.form[0]} and {self.form[1]}'
+            raise UserError(f"{type(cb).__name__} mixes one input and one target, and a batch here {what}")
 
 def _warn_of_direction(learn, cb):
     what = next((m.what for m in learn.metrics if m.name==cb.monitor and isinstance(m, NetMetric)), cb.monitor)

@@ -10,6 +10,7 @@ __all__ = ['IN_THE_LOOP', 'param_groups', 'DistillLearner', 'TermRecorder', 'Non
 
 # %% ../nbs/learning/04_learner.ipynb #54a6e00c
 import copy, warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from functools import partial
@@ -243,6 +244,7 @@ def distill_learner(
                            cbs=[TermRecorder(), QuickSteps(compile), *L(cbs), *_cache_watchers(nets), *keep],
                            **learner_kwargs)
     learn.monitor,learn.grouping,learn.form = monitor,groups,_form(xb, yb)
+    learn.by_name = isinstance(xb[0], Mapping)
     learn.split_layers_by(splitter)
     learn.answers = answers(loss.terms, nets, outs, yb)
     learn.check_cbs(learn.cbs)

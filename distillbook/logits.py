@@ -8,10 +8,10 @@ Docs: https://distillbook.github.io/distillbook/learning/logits.html.md"""
 __all__ = ['soft_ce', 'nkd', 'wsl', 'ttm', 'wttm', 'correlations', 'mlkd', 'uskd', 'ensemble', 'kd_ensemble']
 
 # %% ../nbs/learning/01b_logits.ipynb #9b805f7d
-import torch, torch.nn.functional as F
+import math, torch
 from torch import Tensor
 from .core import UserError
-from .losses import kd, kl, labelled, mean_where, pair, positions, standardised, target_and_rest
+from .losses import cross_entropy, kd, kl, labelled, mean_where, pair, positions, standardised, target_and_rest
 
 # %% ../nbs/learning/01b_logits.ipynb #e4ed3091
 def soft_ce(
@@ -83,10 +83,13 @@ ttm.shapes = wttm.shapes = 'same'
 def correlations(
     student:Tensor, teacher:Tensor, # Logits [N,C]
     T:float=1., # Temperature
+    mask:Tensor|None=None, # Which pictures count, bool [N]
 )->tuple: # Of the pictures of a batch; of the classes
     "How differently two networks see which pictures are alike, and which classes"
     q,p = [(o/T).softmax(-1) for o in (student, teacher)]
-    batch = ((q@q.T - p@p.T)**2).sum() / len(q)
+    if mask is not None: q,p = [o.masked_fill(~mask[:,None], 0.) for o in (q, p)]
+    n = len(q) if mask is None else mask.sum().clamp(min=1)
+    batch = ((q@q.T - p@p.T)**2).sum() / n
     return batch, ((q.T@q - p.T@p)**2).sum() / q.shape[-1]
 
 def mlkd(
@@ -104,8 +107,8 @@ def mlkd(
     how = dict(mask=mask, dim=dim, ignore_index=ignore_index)
     rows = sum(kd(student, teacher, T, standardise=standardise, **how) for T in temperatures)
     s,t,mask = positions('mlkd', *pair('mlkd', student, teacher.detach()), **how)
-    s,t = [o[mask] if mask is not None else o.flatten(0,-2) for o in (s, t)]
-    alike = [correlations(s, t, T) for T in temperatures]
+    s,t,mask = s.flatten(0,-2),t.flatten(0,-2),None if mask is None else mask.flatten()
+    alike = [correlations(s, t, T, mask) for T in temperatures]
     return instance*rows + batch*sum(b for b,_ in alike) + classes*sum(c for _,c in alike)
 
 mlkd.shapes = 'same'
@@ -118,16 +121,18 @@ def uskd(
     alpha:float=1., # Weight of the target
     beta:float=.1, # Weight of the other classes
     mu:float=.005, # Weight of the weak head's own lesson, with labels smoothed by .1
+    ignore_index:int=-100, # Target of those that do not count
 )->Tensor:
     "Universal self-distillation: soft labels out of the student's own certainty and its ranking of the classes"
-    s,weak,targets,_ = labelled('uskd', student, weak, targets)
-    logq,logw = s.log_softmax(-1),weak.log_softmax(-1)
-    here = targets[...,None]
-    sure = logq.gather(-1, here).exp().detach()**2
-    on_target = -((sure + 1 - sure.mean(0, keepdim=True))*logq.gather(-1, here)).mean()
+    taught = cross_entropy(weak, targets, ignore_index, label_smoothing=.1)
+    s,weak,targets,mask = labelled('uskd', student, weak, targets, ignore_index=ignore_index)
+    logq,logw,here = s.log_softmax(-1),weak.log_softmax(-1),targets[...,None]
+    right = logq.gather(-1, here)[...,0]
+    sure = right.detach().exp()**2
+    on_target = -mean_where((sure + 1 - mean_where(sure, mask))*right, mask)
     z = _zipf(logq.detach().exp(), logw.detach().exp(), here)
-    on_rest = -(target_and_rest(z, targets)[1]*target_and_rest(s, targets)[1].log_softmax(-1)).sum(-1).mean()
-    taught = F.cross_entropy(weak.flatten(0,-2), targets.flatten(), label_smoothing=.1)
+    rest_z,rest_s = [target_and_rest(o, targets)[1] for o in (z, s)]
+    on_rest = -mean_where((rest_z*rest_s.log_softmax(-1)).sum(-1), mask)
     return alpha*on_target + beta*on_rest + mu*taught
 
 uskd.shapes = 'same'
@@ -149,9 +154,8 @@ def ensemble(
     weights = [1.]*len(teachers) if weights is None else list(weights)
     if len(weights)!=len(teachers) or sum(weights)<=0 or min(weights)<0:
         raise UserError(f"ensemble wants a weight of 0 or more for each of {len(teachers)} teachers, not {weights}")
-    w = torch.tensor(weights, dtype=torch.float32, device=teachers[0].device)
-    logp = torch.stack([(pair('ensemble', o, teachers[0])[0]/T).log_softmax(-1) for o in teachers])
-    return T * (logp + (w/w.sum()).log().view(-1, *[1]*(logp.ndim-1))).logsumexp(0)
+    heard = [(pair('ensemble', o, teachers[0])[0], math.log(w/sum(weights))) for o,w in zip(teachers, weights) if w]
+    return T * torch.stack([(o/T).log_softmax(-1) + logw for o,logw in heard]).logsumexp(0)
 
 def kd_ensemble(
     student:Tensor, *teachers:Tensor, # Logits [N,C] or [N,T,C]; the teachers' are detached

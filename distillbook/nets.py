@@ -33,6 +33,7 @@ class Nets(nn.Module):
         self.names,self.frozen,self.taps,self.tapped,self.keeps_batch = list(nets),set(),{},[],False
         self.runner = None # Who runs the networks in their own place
         self.brief = set() # Frozen networks that answer as in use, since nobody reads more of them
+        self.means,self.idle = {},set() # Network to the one whose mean it is; those of them that no term reads
         for name,net in nets.items(): self._modules[name] = _checked(name, net, nets)
         self.bf16 = {n for n in bf16 if self[n] is not None}
         self.unfreeze(*(n for n in nets if n not in frozen))
@@ -77,12 +78,17 @@ def forward(self:Nets,
     self.taps.clear()
     if self.keeps_batch: self.taps['batch'] = xb
     outs = self.runner(self, xb, targets) if self.runner else self.plain(xb, targets)
-    return {n: outs[n] for n in self.names}
+    return {n: outs[n] for n in self.running}
+
+@patch(as_prop=True)
+def running(self:Nets)->list:
+    "The networks that run now, frozen ones and others: in training those that somebody reads"
+    return [n for n in self.names if not (self.training and n in self.idle)]
 
 @patch
 def plain(self:Nets, xb, targets)->dict:
     "The networks one after another, frozen ones first"
-    frozen_first = sorted(self.names, key=lambda n: n not in self.frozen)
+    frozen_first = sorted(self.running, key=lambda n: n not in self.frozen)
     with self._tapping(): return {n: self._run(n, xb, targets) for n in frozen_first}
 
 @patch

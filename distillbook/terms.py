@@ -261,7 +261,7 @@ def connect(self:Terms,
 )->dict: # What the networks gave in evaluation mode
     "Try all terms on one batch: tap, project, and fail now on what would fail later"
     self._check_that_somebody_learns()
-    self.nets.brief = set()
+    self.nets.brief,self.nets.idle = set(),set()
     everywhere = [a for t in self.terms for a in [*t.addresses, *t.inputs.values()]]
     self.nets.keeps_batch = self.nets.keeps_batch or any(map(self.is_of_batch, everywhere))
     with dry_run(self.nets):
@@ -282,6 +282,7 @@ def connect(self:Terms,
         outs = _answers(self.nets.eval(), xb)
         self.train_only = {t.name for t in self.terms if _mark(t.fn, 'train_only') or not self._all_there(t, outs, yb)}
     self.nets.brief = self._read_in_use()
+    self.nets.idle = set(self.nets.means) - {a.partition('.')[0] for a in everywhere}
     return outs
 
 def _are_classes(yb): return bool(yb) and all(isinstance(y, Tensor) and not y.is_floating_point() for y in yb)

@@ -15,7 +15,7 @@ from distillbook.core import UserError, one_line, printable
 from distillbook.data.kept import keep_pictures
 from distillbook.data.lists import label_files, lmdb_lines
 from distillbook.data.operations import DecodeImage
-from distillbook.data.pictures import picture_size, read_picture
+from distillbook.data.pictures import image_paths, picture_size, read_picture
 from distillbook.data.shards import shard_lines, shard_paths, write_shards
 from distillbook.data.sets import SampleSet
 from distillbook.nets import Nets
@@ -212,6 +212,53 @@ def devices_as_pictures(rng, sound):
     if not fifo.exists(): os.mkfifo(fifo)
     told(lambda: read_picture(rng.choice([fifo, '/dev/zero', '/dev/null', sound.folder, '/proc/self/mem', 'a\0b', 'x'*3000])))
 
+def odd_place(rng, sound, suffix=''):
+    "Where nothing can be read, or nothing written: devices, pipes, folders, what is not there, names as nobody has them"
+    fifo,folder = sound.folder/f'pipe{suffix}',sound.folder/f'folder{suffix}'
+    if not fifo.exists(): os.mkfifo(fifo)
+    folder.mkdir(exist_ok=True)
+    return rng.choice([fifo, folder, fifo/'x', '/dev/zero', '/dev/null', '/dev/full', '/dev/null/x', '/proc/self/mem', '/proc/x', '/sys/x', 'a\0b', 'x'*300, 'x'*3000, '', ' ', '.', '..', '/', '~', '\x1b[31m', 'a\nb', '[/red]', '\udcff', '*', '?'])
+
+@kind
+def places_to_read(rng, sound):
+    "A configuration, a list, a dictionary, weights, an LMDB, a shard, a run that are no such thing"
+    deep = '', ' ', '.', '..', '/', '~' # Folders with too much below them
+    suffix = rng.choice(['', '.yml', '.txt', '.pth', '.pdparams', '.onnx', '.safetensors', '.tar', '.whl', '.bin'])
+    place = odd_place(rng, sound, suffix)
+    with_lmdb = sound.folder/'pipe_lmdb'
+    with_lmdb.mkdir(exist_ok=True)
+    if not (with_lmdb/'data.mdb').exists(): os.mkfifo(with_lmdb/'data.mdb')
+    readers = [lambda: load_config(place), lambda: load_config(sound.folder/'sound.yml', [f'Global.character_dict_path={place}']), lambda: read_characters(place), lambda: label_files(place, sound.folder), lambda: label_files(sound.folder/'lines/train.txt', place), lambda: lmdb_lines(with_lmdb if str(place) in deep else place), lambda: lmdb_lines(with_lmdb),
+        lambda: read_weights(place), lambda: load_file(place), lambda: load_teacher(place), lambda: Alphabet.from_onnx(place), lambda: open_onnx(place), lambda: from_wheel(place), lambda: Answers(place, 'about'), lambda: read_run(place), lambda: shard_lines([str(place)])[0] if str(place) not in deep else None,
+        lambda: build_set(load_config(sound.folder/'sound.yml', [f'Train.dataset.label_file_list=[{json.dumps(str(place))}]']), 'Train'), lambda: pieces_of(place), lambda: image_paths([place])]
+    told(*rng.sample(readers, 4))
+
+def command(*args):
+    "It ends well, or in one line; its status"
+    from typer.testing import CliRunner
+    from distillbook.cli import app
+    try: r = CliRunner().invoke(app, [str(o) for o in args])
+    except ValueError as e: # No command line can hold this
+        if 'null' in str(e) or 'surrogate' in str(e): return
+        raise
+    if r.exit_code==0 and r.exception is None: return 0
+    if args[0]=='check' and r.exit_code==1 and r.stdout.strip(): return 1 # What is refused is its result
+    assert isinstance(r.exception, SystemExit), f'{args}: {r.exception!r}'
+    said = [l for l in r.stderr.strip().splitlines() if l.startswith('distillbook: ')]
+    assert r.exit_code in (1,2,130) and (len(said)==1 and said[0]==printable(said[0]) and len(said[0])<1300 or 'Usage:' in r.stderr), f'{args}: status {r.exit_code}: {r.stderr[-500:]}'
+    return r.exit_code
+
+@kind
+def places_to_write(rng, sound):
+    "Outputs of commands where nothing can be written"
+    place,run = odd_place(rng, sound, rng.choice(['', '.pth', '.pdparams', '.safetensors', '.png', '.txt'])),sound.folder/'run'
+    named = f"{place}{rng.choice(['', '.pth', '.pdparams', '.safetensors', '.png', '/x.png', '/x.pth'])}"
+    commands = [['extract', run, '--net', 'Student', '-o', named], ['extract', run, '--net', text(rng), '-o', named], ['compare', run, '--draw', named], ['compare', place], ['summary', '--run', run, '--draw', named], ['render', rng.choice(['rec','det']), '-n', 1, '--val', 1, '-o', place if str(place) not in ('', ' ', '.', '~', '*', '?') else '/proc/x'],
+        ['predict', '--run', run, place], ['predict', '-c', run/'config.yml', '-o', f'Global.pretrained_model={run}/best_accuracy', f'Global.save_res_path={named}', '--', sound.folder/'lines/0.png'], ['check', place], ['train', '-c', sound.folder/'sound.yml', '-o', f'Global.save_model_dir={rng.choice(UNWRITABLE)}']]
+    command(*rng.choice(commands))
+
+UNWRITABLE = '/dev/null', '/dev/null/x', '/proc/x', '/sys/x', '/dev/full', 'x'*300
+
 @kind
 def weights(rng, sound):
     suffix = rng.choice(['.pth','.pdparams','.safetensors'])
@@ -272,22 +319,30 @@ def in_child(f, seconds=20):
 
 @kind
 def lmdb(rng, sound):
+    "Cut, spoilt anywhere, or with odd numbers in it"
     if not (sound.folder/'lmdb/data.mdb').exists(): return
     folder = sound.folder/'spoilt_lmdb'
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     whole = (sound.folder/'lmdb/data.mdb').read_bytes()
-    cut = whole[:rng.randint(0, len(whole))]
     number = rng.choice([b'9'*5000, b'10**9', b'-1', b'', b'6\n', b'\xb2', b'99999999', b'0'])
-    if rng.random()<.6: (folder/'data.mdb').write_bytes(rng.choice([cut, whole+bytes(9), b'', bytes(5000)]))
+    how = rng.random()
+    if how<.2: (folder/'data.mdb').write_bytes(rng.choice([whole[:rng.randint(0, len(whole))], whole+bytes(9), b'', bytes(5000)]))
+    elif how<.8:
+        pages = bytearray(whole)
+        for _ in range(rng.randint(1, 6)): # In pages that are in use: their heads, tables, nodes and values
+            start = 4096*rng.randrange(len(pages)//4096)+rng.choice([0,8,10,12,16,18,24,32,4000,4060,4088,rng.randrange(4096)])
+            piece = rng.choice([*NUMBERS, bytes([rng.randrange(256)]), (2).to_bytes(2, 'little'), rng.randbytes(2)])
+            pages[start:start+len(piece)] = piece
+        (folder/'data.mdb').write_bytes(pages[:len(whole)])
     else:
         import lmdb
         (folder/'data.mdb').write_bytes(whole)
         with lmdb.open(str(folder), map_size=10**6) as env, env.begin(write=True) as t: t.put(rng.choice([b'num-samples', b'label-000000001']), number)
     def read():
         lines = lmdb_lines(folder)
-        for i in (0, 1, len(lines)-1): told(lambda: lines[i])
-    in_child(lambda: told(read))
+        for i in {0, 1, 2, 3, 4, 5, len(lines)-1}: told(lambda: lines[min(i, len(lines)-1)])
+    told(read)
 
 @kind
 def shards(rng, sound):

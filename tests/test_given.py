@@ -158,6 +158,15 @@ def test_a_frozen_network_that_nobody_loaded_does_not_teach(inhome):
     exp = experiment(load_config('given.yml', [*frozen, 'Architecture.Models.Teacher.pretrained=none']))
     assert 'Teacher' in exp.nets.frozen and exp.sources['Teacher'].startswith('new')
 
+def test_a_frozen_copy_of_what_nobody_loaded_does_not_teach(inhome, tmp_path):
+    "`init` is no weights, if those of the other network are new; chains of it are followed"
+    changes = ['Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', 'Global.save_model_dir=never']
+    (inhome/'copies.yml').write_text(YAML.replace(f'Teacher: {NET}, Student: {NET}', f'Student: {NET}, Third: {{init: Student}}, Teacher: {{init: Third, freeze_params: true}}'))
+    with pytest.raises(UserError, match='Architecture.Models.Teacher.pretrained: this network is frozen and teaches, but has no weights'): experiment(load_config('copies.yml', changes))
+    from distillbook.use.weights import save_weights
+    save_weights(experiment(load_config('given.yml')).nets['Student'], tmp_path/'s.pth')
+    assert 'Teacher' in experiment(load_config('copies.yml', [*changes, f'Architecture.Models.Student.pretrained={tmp_path}/s.pth'])).nets.frozen
+
 def test_a_network_that_no_term_teaches_is_told_of(inhome, caplog):
     change = ['Loss.loss_config_list=[{DistillationCTCLoss: {weight: 1.0, model_name_list: [Student], key: head_out}}]', 'Global.save_model_dir=untaught']
     with caplog.at_level('WARNING', 'distillbook'): train(experiment(load_config('given.yml', change)))
@@ -240,6 +249,47 @@ def test_a_run_from_any_directory(run, tmp_path, monkeypatch):
     cv2.imwrite('a.png', np.zeros((48,96,3), np.uint8))
     assert inside('predict', '--run', 'moved', 'a.png').returncode==0
 
+
+def test_paths_of_what_a_run_makes_are_whole(inhome, tmp_path):
+    "A folder of kept pictures is not there yet when the configuration is written down"
+    run = train(experiment(load_config('given.yml', [f'Global.save_model_dir={tmp_path}/run', 'Train.dataset.keep=kept_pictures']))).checkpoint.folder
+    assert yaml.safe_load((run/'config.yml').read_text())['Train']['dataset']['keep']==str(inhome/'kept_pictures') and (inhome/'kept_pictures').is_dir()
+
+def test_a_run_reads_from_the_right_wherever_its_dictionary_lies(home, tmp_path):
+    "PaddleOCR's rule looks at the whole path of the dictionary, and a run has a copy of it"
+    from distillbook.config import build_decoder
+    from distillbook.config.assembly import run_settings
+    (tmp_path/'arabic').mkdir()
+    (tmp_path/'arabic/letters.txt').write_text('א\nב\nג\n', encoding='utf-8')
+    cfg = one_net(home, f'Global.character_dict_path={tmp_path}/arabic/letters.txt')
+    saved = run_settings(cfg).config
+    assert saved['Global']['character_dict_path']=='letters.txt' and saved['PostProcess']['reverse'] is True
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run/config.yml').write_text(yaml.safe_dump(saved))
+    (tmp_path/'run/letters.txt').write_text('א\nב\nג\n', encoding='utf-8')
+    assert build_decoder(load_config(tmp_path/'run/config.yml'))(torch.eye(4)[torch.tensor([[1,2,3]])])[0][0]=='גבא'
+    assert 'reverse' not in run_settings(one_net(home)).config['PostProcess']
+
+def test_where_weights_come_from_when_a_run_goes_on(run, inhome, tmp_path):
+    "The frozen teacher is in no checkpoint: its weights come from its own file"
+    frozen = ['Architecture.Models.Teacher.freeze_params=true', 'Architecture.Models.Teacher.pretrained=teacher.pth', 'Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', f'Global.save_model_dir={tmp_path}/run']
+    from distillbook.use.weights import extract, save_weights
+    save_weights(extract(run[0], 'Teacher'), inhome/'teacher.pth')
+    train(experiment(load_config('given.yml', frozen)))
+    again = experiment(load_config('given.yml', [*frozen, f'Global.checkpoints={tmp_path}/run/latest', 'Global.epoch_num=2']))
+    assert again.sources==dict(Teacher='teacher.pth', Student=f'{tmp_path}/run/latest')
+
+@pytest.mark.parametrize('folder', ['/dev/null/x', '/proc/nowhere', 'x'*300, 'letters.txt'])
+def test_a_run_that_cannot_be_kept(folder, inhome):
+    with pytest.raises(UserError, match='a run cannot be kept here: '): train(experiment(load_config('given.yml', [f'Global.save_model_dir={folder}'])))
+
+@pytest.mark.parametrize('key', ['Global.character_dict_path', 'Train.dataset.label_file_list', 'Global.pretrained_model', 'Global.checkpoints'])
+@pytest.mark.parametrize('place', ['/dev/zero', 'pipe'])
+def test_what_is_no_file(key, place, inhome):
+    if not os.path.exists('pipe'): os.mkfifo('pipe')
+    value = f'[{place}]' if key.endswith('list') else place
+    fails(inside('train', '-c', 'given.yml', '-o', f'{key}={value}', 'Global.save_model_dir=never'), place, after_log=True)
+    fails(inside('train', '-c', place), 'not a file, but a device or a pipe')
 
 # %% what helps
 def one_net(home, *more):

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from distillbook.core import UserError
 from distillbook.habits import kind_of
 from distillbook.learner import distill_learner
-from distillbook.losses import cosine, cross_entropy, dist, distance, dkd, dml, kd
+from distillbook.losses import attention_transfer, cosine, cross_entropy, dist, distance, dkd, dml, dml_paddle, kd, kl_paddle, kljs
 from distillbook.metrics import less_is_better
 from distillbook.nets import Nets, Projector, look_up, mapped
 from distillbook.terms import Term, Terms
@@ -271,6 +271,31 @@ def test_predict_through_loaders_of_other_kinds(kind):
     close(probs, learn.model.eval()(x[5:6])['Student'][0].softmax(-1))
     assert name==('abc'[number] if kind=='transforms' else number.item())
 
+@pytest.mark.parametrize('kind', ('classes', 'values'))
+def test_predict_of_a_row_of_a_table(kind):
+    "It goes through what the table went through, with or without the column that is asked for; fastai's own answer is the same"
+    from fastai.basics import CategoryBlock, RegressionBlock
+    from fastai.tabular.core import Categorify, FillMissing, Normalize, TabularPandas
+    from fastai.tabular.data import TabularDataLoaders
+    from fastai.tabular.learner import TabularLearner
+    from fastai.tabular.model import TabularModel, get_emb_sz
+    g = np.random.default_rng(0)
+    df = __import__('pandas').DataFrame(dict(colour=g.choice(['green','red'], 80), size=g.normal(size=80), weight=g.normal(size=80)))
+    df.loc[3,'weight'] = float('nan')
+    df['y'] = np.where(df.colour=='red', 'yes', 'no') if kind=='classes' else df['size'].astype('float32')
+    table = TabularPandas(df, [Categorify, FillMissing, Normalize], ['colour'], ['size','weight'], 'y', CategoryBlock() if kind=='classes' else RegressionBlock(), splits=([*range(60)], [*range(60,80)]))
+    net = lambda: TabularModel(get_emb_sz(table), 2, 2 if kind=='classes' else 1, [8])
+    nets = dict(Teacher=net(), Student=net())
+    learn = learner([Term(cross_entropy if kind=='classes' else F.mse_loss, 'Student'), Term(distance, 'Student', 'Teacher')], table.dataloaders(bs=20), nets)
+    learn.fit(2, 1e-2)
+    theirs = quiet(TabularLearner(table.dataloaders(bs=20), nets['Student'], CrossEntropyLossFlat() if kind=='classes' else MSELossFlat()))
+    for i in (3, 70):
+        with theirs.no_bar(): _,number,probs = theirs.predict(df.iloc[i].drop('y')) # fastai's fails on a number as target
+        for row in (df.iloc[i], df.iloc[i].drop('y')):
+            name,got,all_ = learn.predict(row)['Student']
+            close(all_, probs)
+            assert kind=='values' or (got==number and name==('no','yes')[number])
+
 def test_get_preds_in_fastais_order(tmp_path):
     learn = learner([CE, KD, Term(distance,'Student.mid','Teacher.mid',weight=SchedCos(1.,.5))], metrics=accuracy)
     learn.fit(1, 1e-2)
@@ -418,6 +443,12 @@ def test_mixup_of_values_mixes_the_values():
     x = data()[0]
     learn = learner([Term(F.mse_loss,'Student')], loaders(x, x[:,:3]), cbs=MixUp())
     learn.fit(1, 1e-2)
+
+def test_mixing_a_dictionary_is_refused():
+    nets = lambda: dict(Teacher=Tokens(8), Student=Tokens())
+    learn = learner([Term(cross_entropy,'Student.logits')], word_loaders(), nets())
+    with pytest.raises(UserError, match='CutMix mixes one input and one target, and a batch here is a dictionary'): learn.fit(1, cbs=CutMix())
+    with pytest.raises(UserError, match='is a dictionary'): learner([Term(cross_entropy,'Student.logits')], word_loaders(), nets(), cbs=MixUp())
 
 def test_mixing_what_cannot_be_mixed_is_refused():
     x,y = data()
@@ -578,6 +609,62 @@ def test_masking_is_leaving_out(f):
     for m,says in ((torch.ones(3,4), 'wants a mask for each position'), (labels, 'neither|0 or 1')):
         with pytest.raises(UserError, match=says): f(s, t, mask=m)
     with pytest.raises(UserError, match='give the labels'): f(s, t, ignore_index=-100)
+
+@pytest.mark.parametrize('f', (kl_paddle, lambda a,b,**kw: kljs(a.sigmoid(), b.sigmoid(), **kw), lambda a,b,**kw: kljs(a.sigmoid(), b.sigmoid(), 'js', **kw), partial(dml_paddle, act='sigmoid', use_log=False), partial(dml_paddle, use_log=False)), ids=['kl_paddle','kl','js','sigmoid','softmax'])
+def test_masking_is_leaving_out_in_paddleocrs_forms(f):
+    "Means over what counts; numbers that are none stand in the padding"
+    g = torch.Generator().manual_seed(1)
+    s,t = [torch.randn(3,5,4, generator=g, dtype=torch.double) for _ in range(2)]
+    there = torch.arange(5)<torch.tensor([[5],[3],[2]])
+    labels = torch.where(there, 1, -100)
+    bad = torch.where(there[...,None], s, float('nan')).requires_grad_()
+    want = f(s[there][None], t[there][None], **(dict(mask=torch.ones(1,10)) if f is kl_paddle else {}))
+    for loss in (f(bad, t, mask=there), f(bad, t, mask=there.float()), f(bad, t, mask=labels, ignore_index=-100)): torch.testing.assert_close(loss, want)
+    loss.backward()
+    assert bad.grad[there].isfinite().all() and bad.grad[there].abs().sum()>0
+    assert f(s, t, mask=torch.zeros(3,5))==0
+    for m,says in ((torch.ones(3,4), 'wants a mask for each position'), (labels, '0 or 1')):
+        with pytest.raises(UserError, match=says): f(s, t, mask=m)
+
+def test_a_sum_is_divided_by_the_batch_whatever_the_mask():
+    s,t = torch.randn(2,3,6,4, dtype=torch.double)
+    there = torch.arange(6).expand(3,6)<4
+    torch.testing.assert_close(dml_paddle(s, t, mask=there), dml_paddle(s[:,:4], t[:,:4]))
+    torch.testing.assert_close(dml_paddle(s, t, mask=torch.ones(3,6)), dml_paddle(s, t))
+    maps = [o.sigmoid() for o in (s, t)]
+    pixels = torch.rand(3,6,4)<.5
+    torch.testing.assert_close(kljs(*maps, reduction='sum', mask=pixels), kljs(*maps, reduction='none')[pixels].sum()/3)
+    assert (kljs(*maps, reduction='none', mask=pixels)[~pixels]==0).all()
+    torch.testing.assert_close(kljs(*maps, mask=pixels), kljs(*maps, reduction='none')[pixels].mean())
+
+@pytest.mark.parametrize('size', ((6,8), (12,16), (3,4)))
+def test_attention_without_the_padding(size):
+    "Whatever stands in the padding, at whatever size the mask comes; channels and sizes of the features differ"
+    g = torch.Generator().manual_seed(2)
+    a,b = torch.randn(2,5,6,8, generator=g, dtype=torch.double),torch.randn(2,3,3,4, generator=g, dtype=torch.double)
+    h,w = size
+    mask = (torch.arange(w)<w//2).expand(2,h,w)
+    want = attention_transfer(a[...,:4], b[...,:2])
+    x = a.clone()
+    x[...,4:] = float('nan')
+    x.requires_grad_()
+    for m in (mask, mask.float(), mask[:,None].long()): torch.testing.assert_close(attention_transfer(x, b, mask=m), want)
+    torch.testing.assert_close(attention_transfer(x, b, mask=torch.where(mask, 7, -1), ignore_index=-1), want)
+    attention_transfer(x, b, mask=mask).backward()
+    assert x.grad.isfinite().all() and (x.grad[...,4:]==0).all()
+    one = torch.stack([mask[0], torch.zeros(h, w, dtype=torch.bool)])
+    torch.testing.assert_close(attention_transfer(x, b, mask=one), attention_transfer(a[:1,:,:,:4], b[:1,:,:,:2])) # A picture of which nothing counts is not in the mean
+    for m in (torch.ones(3,h,w), torch.ones(h,w), torch.full((2,h,w), 5)):
+        with pytest.raises(UserError, match='attention_transfer'): attention_transfer(a, b, mask=m)
+
+def test_where_a_detectors_labels_do_not_count():
+    from distillbook.det.losses import dkd_maps, dml_maps
+    a,b = torch.rand(2,2,3,8,8, dtype=torch.double)
+    there = torch.rand(2,8,8)<.5
+    p,q = a[:,0],b[:,0]
+    torch.testing.assert_close(dml_maps(a, b, mask=there.float()), kljs(p[there][None], q[there][None]))
+    kl = q*(q/p).log() + (1-q)*((1-q)/(1-p)).log()
+    torch.testing.assert_close(dkd_maps(a, b, mask=there.float()), kl[there].mean())
 
 def test_dkd_and_cross_entropy_of_tables_and_tokens():
     s,t = torch.randn(6,4),torch.randn(6,4)

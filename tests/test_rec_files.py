@@ -7,7 +7,7 @@ from distillbook.rec.render import fit_line
 from distillbook.config.data import make_operations
 from distillbook.config.registry import OPERATIONS, made_for
 from distillbook.rec.operations import RecResizeImg
-from distillbook.data.lists import label_files, line_table, lmdb_lines
+from distillbook.data.lists import LMDBFile, label_files, line_table, lmdb_lines
 from distillbook.data.loader import SampleDL, collate, sample_dls
 from distillbook.data.operations import DecodeImage, KeepKeys
 from distillbook.data.sets import SampleSet
@@ -167,6 +167,40 @@ def test_lmdb_bad(tmp_path):
     assert source[3]['label']=='four'
     (tmp_path/'d').mkdir(); (tmp_path/'d'/'data.mdb').write_bytes(b'nothing of the kind'*999)
     with pytest.raises(UserError, match='d: '): lmdb_lines(tmp_path/'d')
+
+@pytest.mark.parametrize('n,most', [(0,10), (1,10), (7,5000), (400,60), (400,9000), (3000,20)])
+def test_lmdb_page_by_page(n, most, tmp_path):
+    "What LMDB's own library reads, for trees of one to four levels, small values and large, keys of all lengths; after deletions too"
+    lmdb = pytest.importorskip('lmdb')
+    rng = np.random.default_rng(n+most)
+    keys = [*{rng.bytes(int(rng.integers(1, 200))) for _ in range(n)}]
+    with lmdb.open(str(tmp_path), map_size=2**26) as env:
+        for part in (keys[::2], keys[1::2]):
+            with env.begin(write=True) as t:
+                for k in part: t.put(k, rng.bytes(int(rng.integers(0, most))))
+        with env.begin(write=True) as t:
+            for k in keys[::5]: t.delete(k)
+        file = LMDBFile(tmp_path)
+        with env.begin() as t:
+            for k in [*keys, b'', b'\0', b'\xff'*511, *(k[:-1] for k in keys[:50])]: assert file.get(k)==(t.get(k) if k else None)
+    assert n<400 or file.meta.depth>1
+
+def test_lmdb_spoilt_inside_its_pages(stored, tmp_path):
+    "Every byte of the pages in use set to another: a value that was there, or one line; LMDB's library ends the process on some of them"
+    whole = (stored/'db/a/x/data.mdb').read_bytes()
+    sound,said = lmdb_lines(stored/'db/a/x'),0
+    (tmp_path/'spoilt').mkdir()
+    rng = np.random.default_rng(0)
+    for at in rng.choice(len(whole)//4096, 150)*4096+rng.choice([*range(32), *range(4000,4096)], 150):
+        data = bytearray(whole)
+        data[at] = (data[at]+int(rng.choice([1,128,255])))%256
+        (tmp_path/'spoilt/data.mdb').write_bytes(data)
+        os.utime(tmp_path/'spoilt/data.mdb', ns=(0, int(at)))
+        try:
+            lines = lmdb_lines(tmp_path/'spoilt')
+            for i in range(min(13, len(lines))): lines[i]
+        except UserError as e: said += 'spoilt' in str(e)
+    assert said>5 and len(sound)==13
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_lmdb_loader(stored, workers):

@@ -385,7 +385,7 @@ def test_paddle_batchnorm():
 def test_paddle_batchnorm_leaves_the_rest():
     net = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.BatchNorm2d(2, momentum=None), nn.BatchNorm1d(2), nn.BatchNorm2d(2))
     net[3].own_l2 = 0.
-    assert paddle_batchnorm(net) is net and [type(m) for m in net]==[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d, PaddleBatchNorm2d] and net[3].own_l2==0
+    assert paddle_batchnorm(net) is net and [type(m) for m in net]==[nn.BatchNorm2d, nn.BatchNorm2d, PaddleBatchNorm1d, PaddleBatchNorm2d] and net[3].own_l2==0
     paddle_batchnorm(net)
     net[0](torch.randn(2, 2, 3, 3))
 

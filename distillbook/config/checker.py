@@ -12,7 +12,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 import torch
-from .assembly import _epochs, eval_steps
+from .assembly import _epochs, ema_settings, eval_steps
 from .data import build_operations, eval_sides, loader_settings, source_arguments
 from .evaluation import build_decoder, build_metric
 from .files import check, read_config
@@ -92,7 +92,8 @@ def _parts(config):
     yield lambda: check(config)
     yield from (lambda: read(Section(config).section('Global')) for read in (_epochs, eval_steps))
     yield lambda: without_numbers(lambda: build_networks(config, load=(), fetch=False))
-    yield from (partial(build, config) for build in (build_terms, build_decoder, build_metric, _check_optimizer))
+    builders = (build_terms, build_decoder, build_metric, _check_optimizer, ema_settings)
+    yield from (partial(build, config) for build in builders)
     yield from (partial(_check_side, config, side) for side in ('Train','Eval'))
 
 def _with_characters(config):

@@ -77,6 +77,8 @@ def build_operations(
     trying.done()
     if keep is not None: return [o for o in made if not isinstance(o, KeepKeys)],keep
     if not made or not isinstance(made[-1], KeepKeys): raise dataset.refuse("the last operation is KeepKeys", path[-1])
+    for o in made[:-1]:
+        if hasattr(o, 'counts'): o.counts = 'label_ace' in made[-1].keep_keys
     if made[-1].keep_keys[:1]!=['image']:
         raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
     return made[:-1],made[-1].keep_keys

@@ -6,9 +6,9 @@ Docs: https://distillbook.github.io/distillbook/config/networks.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'DICTIONARIES', 'TASKS', 'NET_KEYS', 'LATER_NAMES', 'STAND_INS', 'RELEASED_KEYS', 'FLAGS', 'EXTRA_KEYS',
-           'LEFT_BEHIND', 'existing', 'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'build_rec',
-           'build_det', 'build_network', 'load_into', 'as_released', 'DistillationModel', 'own_weights',
-           'build_networks', 'left_behind', 'build_model']
+           'LEFT_BEHIND', 'existing', 'folder_of', 'dictionary', 'characters', 'task', 'net_names', 'ema_names',
+           'all_names', 'build_rec', 'build_det', 'build_network', 'load_into', 'as_released', 'DistillationModel',
+           'own_weights', 'build_networks', 'left_behind', 'build_model']
 
 # %% ../../nbs/config/03_networks.ipynb #f7dbdfef
 import copy, glob, hashlib, logging, re
@@ -64,7 +64,8 @@ def _what_is_there(path):
 
 # %% ../../nbs/config/03_networks.ipynb #71f40aa4
 # PaddleOCR's dictionaries, and the released recognisers that have the same characters
-DICTIONARIES = {'ppocr_keys_v1.txt': 'PP-OCRv3_rec', 'ppocrv5_dict.txt': 'PP-OCRv5_rec'}
+DICTIONARIES = {'ppocr_keys_v1.txt': 'PP-OCRv3_rec', 'ppocrv5_dict.txt': 'PP-OCRv5_rec',
+    'ppocrv6_dict.txt': 'PP-OCRv6_rec', 'ppocrv6_tiny_dict.txt': 'PP-OCRv6_tiny_rec'}
 
 def folder_of(config)->Path: # None where the configuration has no file
     "The folder of a configuration's file"
@@ -133,6 +134,18 @@ def net_names(
     for name in models or ():
         if not is_name(name): raise arch.refuse(f"the name of a network is wanted: {NAMES}; not {name!r}", 'Models')
     return list(models or ['Model'])
+
+# %% ../../nbs/config/03_networks.ipynb #99bdb39f
+def ema_names(
+    config:dict, # The whole configuration
+)->dict: # Name of each mean over time to the network whose mean it is
+    "The means that `Global.use_ema` asks for"
+    if not Section(config).maybe('Global').read('use_ema', bool, False) or not config.get('Architecture'): return {}
+    if 'Models' not in config['Architecture']: return dict(EMA='Model')
+    def learns(n): return not Section(config, 'Architecture', 'Models', n).read('freeze_params', bool, False)
+    return {f'{n}_EMA': n for n in net_names(config) if learns(n)}
+
+def all_names(config)->list: return [*net_names(config), *ema_names(config)]
 
 # %% ../../nbs/config/03_networks.ipynb #0429ffc7
 NET_KEYS = ('model_type', 'algorithm', 'name', 'pretrained', 'freeze_params', 'return_all_feats', 'Transform',
@@ -369,7 +382,7 @@ def as_released(
     released = path in TEACHERS or path.endswith('.onnx') or (_stand_in(path) and not own_file)
     is_db = isinstance(head, dict) and head.get('name')=='DBHead'
     if not (released and part.get('freeze_params') and is_db): return part
-    return {**part, 'Head': {**head, 'thresh': False}}
+    return {**part, 'Head': {**head, 'thresh': False, 'aux_in_channels': None}}
 
 # %% ../../nbs/config/03_networks.ipynb #10374b75
 RELEASED_KEYS = ('pretrained','freeze_params','cache','bf16','compile','model_type','algorithm')

@@ -231,22 +231,23 @@ def build(
     return called(entry, arguments(entry, section, skip, ignored, **given), section)
 
 # %% ../../nbs/config/02_registry.ipynb #56b9753c
-from .. import backbones, hgnetv2, repvit
-from ..rec import backbone as rec_backbone, neck as rec_neck, nets as rec_nets, nrtr, sar, svtrnet, svtrv2
-from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets
+from .. import backbones, hgnetv2, lcnetv4, repvit
+from ..rec import backbone as rec_backbone, lightsvtr, neck as rec_neck, nets as rec_nets, nrtr, sar
+from ..rec import svtrnet, svtrv2
+from ..det import backbone as det_backbone, neck as det_neck, nets as det_nets, replk
 
 # %% ../../nbs/config/02_registry.ipynb #2fb5a2ff
 BOTH = {c.__name__: c for c in (backbones.PPLCNetV3, backbones.PPHGNet_small, # For lines, and with `det` for pages
-    hgnetv2.PPHGNetV2_B4)}
+    hgnetv2.PPHGNetV2_B4, lcnetv4.PPLCNetV4)}
 BACKBONES = dict(
     rec=Registry('backbone', nn.Module, MobileNetV1Enhance=rec_backbone.MobileNetV1Enhance,
         PlainBackbone=rec_backbone.PlainBackbone, SVTRNet=svtrnet.SVTRNet, SVTRv2=svtrv2.SVTRv2,
         RepSVTR=repvit.RepSVTR, **BOTH),
     det=Registry('backbone', nn.Module, **det_backbone.BACKBONES, RepSVTR_det=repvit.RepSVTR_det, **BOTH))
 ENCODERS = Registry('encoder_type', nn.Module, reshape=rec_neck.SequenceEncoder, rnn=rec_neck.EncoderWithRNN,
-    svtr=rec_neck.EncoderWithSVTR)
+    svtr=rec_neck.EncoderWithSVTR, lightsvtr=lightsvtr.LightSVTR)
 NECKS = dict(rec=Registry('neck', nn.Module, SequenceEncoder=rec_neck.SequenceEncoder),
-    det=Registry('neck', nn.Module, **det_neck.NECKS))
+    det=Registry('neck', nn.Module, **det_neck.NECKS, RepLKFPN=replk.RepLKFPN, RepLKPAN=replk.RepLKPAN))
 HEADS = dict(
     rec=Registry('head', nn.Module, CTCHead=rec_nets.CTCHead, SARHead=sar.SARHead, NRTRHead=nrtr.NRTRHead,
         MultiHead=rec_nets.MultiHead),
@@ -269,7 +270,8 @@ LOSSES = Registry('loss',
     **{f.__name__: f for f in (rec_losses.ctc_loss, rec_losses.ctc_dkd, rec_losses.ctc_logits_kd, sar.sar_loss,
         rec_losses.nrtr_loss, rec_losses.gtc_kl, rec_losses.gtc_dkd)},
     **{f.__name__: f for f in (det_losses.db_loss, det_losses.dila_db, det_losses.dml_maps, det_losses.dice_loss,
-        det_losses.db_cbn, det_losses.kl_maps, det_losses.dkd_maps)})
+        det_losses.db_cbn, det_losses.kl_maps, det_losses.dkd_maps)},
+    **{f.__name__: f for f in (det_losses.db_focal, det_losses.dice_focal, det_losses.masked_focal)})
 
 # %% ../../nbs/config/02_registry.ipynb #c3d2e1f3
 METHODS = (logits.nkd, logits.wsl, logits.ttm, logits.wttm, logits.mlkd, logits.uskd, logits.kd_ensemble,
@@ -296,7 +298,7 @@ METRICS = Registry('metric', RecMetric=decode.RecMetric, DetMetric=metric.DetMet
 # %% ../../nbs/config/02_registry.ipynb #dd920ab7
 from ..data import operations as data_ops
 from ..rec import augment as rec_augment, operations as rec_ops, prints, render as rec_render
-from ..det import augment as det_augment, operations as det_ops, render as det_render, targets
+from ..det import augment as det_augment, operations as det_ops, perspective, render as det_render, targets
 
 # %% ../../nbs/config/02_registry.ipynb #c93a435f
 OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=data_ops.KeepKeys,
@@ -308,6 +310,7 @@ OPERATIONS = Registry('operation', DecodeImage=data_ops.DecodeImage, KeepKeys=da
         det_augment.IaaAugment)},
     **{c.__name__: c for c in (det_ops.DetLabelEncode, det_ops.DetResizeForTest, det_ops.NormalizeImage,
         det_ops.ToCHWImage)},
+    **{c.__name__: c for c in (perspective.RandomCrop, perspective.RandomPerspective)},
     **{c.__name__: c for c in (targets.MakeBorderMap, targets.MakeShrinkMap)})
 
 # %% ../../nbs/config/02_registry.ipynb #d72161ae

@@ -14,7 +14,7 @@ import numpy as np, torch
 from functools import lru_cache
 from pathlib import Path
 from fastcore.basics import patch
-from ..core import UserError, write_beside
+from ..core import UserError, check_file, write_beside
 from .lists import read_sample
 from .loader import BatchMaker, SampleDL, batch_loader
 from .pictures import is_pixels
@@ -91,6 +91,7 @@ def sample_offsets(
 )->list: # For each sample its key, and a dict from kind of file to where it starts and its size
     "Where the samples of a shard are; `UserError` if it is broken"
     split,samples = _webdataset().tariterators.base_plus_ext,{}
+    check_file(path)
     try:
         with tarfile.open(path, 'r:') as tar:
             for m in tar:

@@ -7,13 +7,14 @@ Docs: https://distillbook.github.io/distillbook/det/losses.html.md"""
 # %% auto #0
 __all__ = ['MAP_LOSSES', 'PIXEL_LOSSES', 'MAPS', 'alike', 'dice_loss', 'pixel_bce', 'masked_l1', 'hardest', 'squared_error',
            'balance_loss', 'one_map', 'db_shrink', 'db_threshold', 'db_binary', 'db_parts', 'db_loss', 'db_cbn',
-           'dilate', 'dila_db', 'dml_maps', 'kl_maps', 'dkd_maps']
+           'masked_focal', 'dice_focal', 'focal_shrink', 'focal_binary', 'db_focal', 'dilate', 'dila_db', 'dml_maps',
+           'kl_maps', 'dkd_maps']
 
 # %% ../../nbs/det/08_losses.ipynb #59107eda
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..core import UserError, unknown
-from ..losses import dml_paddle, kl_paddle, upcast
+from ..losses import counting, dml_paddle, kl_paddle, mean_where, upcast, without
 
 # %% ../../nbs/det/08_losses.ipynb #b2ae68bc
 def alike(
@@ -180,6 +181,64 @@ def db_cbn(
 
 db_shrink.train_only = db_threshold.train_only = db_binary.train_only = db_loss.train_only = db_cbn.train_only = True
 
+# %% ../../nbs/det/08_losses.ipynb #1b381406
+def masked_focal(
+    pred:Tensor, # Probabilities [N,H,W]
+    gt:Tensor, # 1 where there is text, else 0 [N,H,W]
+    mask:Tensor, # 1 where it counts, else 0 [N,H,W]
+    alpha:float=.75, # Weight of a pixel of text; one without has `1-alpha`
+    gamma:float=2., # How much less a pixel counts that is right already; 0: cross-entropy
+    eps:float=1e-6, # Added to the number of pixels that count; and how near to 0 and 1 probabilities may come
+)->Tensor: # Scalar
+    "Mean cross-entropy of the pixels that count, each weighted by how wrong it is"
+    pred,gt,mask = alike('masked_focal', pred, gt, mask)
+    p = pred.clamp(1e-6, 1-1e-6)
+    right = p*gt + (1-p)*(1-gt)
+    weight = alpha*gt + (1-alpha)*(1-gt)
+    each = weight * (1-right)**gamma * -(gt*p.log() + (1-gt)*(-p).log1p())
+    return (each*mask).sum() / (mask.sum()+eps)
+
+# %% ../../nbs/det/08_losses.ipynb #ffa32719
+def dice_focal(
+    pred:Tensor, gt:Tensor, mask:Tensor, # See `masked_focal`
+    dice_weight:float=1., focal_weight:float=1.,
+    focal_alpha:float=.75, focal_gamma:float=2., # See `masked_focal`
+    eps:float=1e-6, # Added to denominators
+)->Tensor: # Scalar
+    "Dice and focal loss together"
+    focal = masked_focal(pred, gt, mask, focal_alpha, focal_gamma, eps)
+    return dice_weight*dice_loss(pred, gt, mask, eps=eps) + focal_weight*focal
+
+def focal_shrink(
+    maps:Tensor, shrink_map:Tensor, shrink_mask:Tensor, alpha:float=5, # See `db_shrink`
+    **focal, # Of `dice_focal`
+)->Tensor: # Scalar
+    "`db_shrink` with `dice_focal`"
+    return alpha*dice_focal(one_map('focal_shrink', maps, 'shrink_maps'), shrink_map, shrink_mask, **focal)
+
+def focal_binary(
+    maps:Tensor, shrink_map:Tensor, shrink_mask:Tensor, # See `db_binary`
+    **focal, # Of `dice_focal`
+)->Tensor: # Scalar
+    "`db_binary` with `dice_focal`"
+    return dice_focal(one_map('focal_binary', maps, 'binary_maps'), shrink_map, shrink_mask, **focal)
+
+# %% ../../nbs/det/08_losses.ipynb #296e130c
+def db_focal(
+    maps:Tensor, # Shrink, threshold and binary maps [N,3,H,W]
+    threshold_map:Tensor, threshold_mask:Tensor, shrink_map:Tensor, shrink_mask:Tensor, # [N,H,W]
+    alpha:float=5, beta:float=10, # Weights of the shrink map and of the threshold map
+    dice_weight:float=1., focal_weight:float=1., focal_alpha:float=.25, focal_gamma:float=2., # Of `dice_focal`
+    eps:float=1e-6, # Added to denominators
+)->Tensor: # Scalar
+    "`db_loss` with `dice_focal`, as PP-OCRv6 has it"
+    focal = dict(dice_weight=dice_weight, focal_weight=focal_weight, focal_alpha=focal_alpha, focal_gamma=focal_gamma)
+    shrink = focal_shrink(maps, shrink_map, shrink_mask, alpha, eps=eps, **focal)
+    threshold = db_threshold(maps, threshold_map, threshold_mask, beta, eps)
+    return shrink + threshold + focal_binary(maps, shrink_map, shrink_mask, eps=eps, **focal)
+
+focal_shrink.train_only = focal_binary.train_only = db_focal.train_only = True
+
 # %% ../../nbs/det/08_losses.ipynb #04155657
 def dilate(
     maps:Tensor, # 0 and 1, [N,H,W]
@@ -213,9 +272,10 @@ def dml_maps(
     a:Tensor, b:Tensor, # Maps of two students [N,3,H,W]
     maps_name:str='thrink_maps', # 'shrink_maps' (or PaddleOCR's 'thrink_maps'), 'threshold_maps' or 'binary_maps'
     act:str|None=None, use_log:bool=False, # Of `dml_paddle`
+    mask:Tensor|None=None, # 1 where it counts, else 0 [N,H,W]
 )->Tensor: # Scalar, the mean over the batch
     "Mutual learning of one of the maps, with gradients into both"
-    return dml_paddle(*[one_map('dml_maps', o, maps_name) for o in (a, b)], act, use_log)
+    return dml_paddle(*[one_map('dml_maps', o, maps_name) for o in (a, b)], act, use_log, mask)
 
 dml_maps.train_only = True
 dml_maps.shapes = 'same'
@@ -231,10 +291,13 @@ def dkd_maps(
     a:Tensor, b:Tensor, # Maps of a student and of its teacher [N,3,H,W]
     maps_name:str='thrink_maps', # See `dml_maps`
     alpha:float=1., # Weight
-)->Tensor: # Scalar, the mean over all pixels
+    mask:Tensor|None=None, # 1 where it counts, else 0 [N,H,W]
+)->Tensor: # Scalar, the mean over all pixels that count
     "Decoupled distillation of one of the maps; text or not are two classes, so that the part of the others is empty"
     p,q = upcast(*[one_map('dkd_maps', o, maps_name) for o in (a, b)])
-    return alpha*(pixel_bce(p, q) - pixel_bce(q, q).detach()).mean()
+    mask = counting('dkd_maps', mask, p.shape)
+    p,q = without(mask, p, q)
+    return alpha*mean_where(pixel_bce(p, q) - pixel_bce(q, q).detach(), mask)
 
 kl_maps.train_only = dkd_maps.train_only = True
 kl_maps.shapes = dkd_maps.shapes = 'same'

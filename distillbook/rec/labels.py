@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from string import ascii_lowercase, digits
 from fastcore.basics import patch
-from ..core import UserError
+from ..core import UserError, check_file, file_bytes
 
 # %% ../../nbs/rec/00_labels.ipynb #14476b8c
 LOST = '\ufffd' # Stands for a character that an alphabet lacks, where a label is only measured against
@@ -61,8 +61,7 @@ def read_characters(
 )->list: # The characters in the order of their classes; `UserError` if the file cannot be read
     "The characters in a PaddleOCR dictionary file"
     if path is None: return list(digits+ascii_lowercase)
-    try: lines = Path(path).read_bytes().decode('utf-8-sig').split('\n')
-    except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
+    try: lines = file_bytes(path).decode('utf-8-sig').split('\n')
     except UnicodeDecodeError as e: raise UserError(f"{path}: byte {e.start} is not UTF-8") from None
     if not lines[-1]: lines.pop()
     return [o.removesuffix('\r') for o in lines] + [' ']*use_space_char
@@ -80,17 +79,19 @@ def _onnx_file(path):
     "An ONNX file without the weights that lie beside it"
     import onnx
     from google.protobuf.message import DecodeError
+    check_file(path)
     try: return onnx.load(path, load_external_data=False)
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
     except DecodeError: raise UserError(f"{path}: not an ONNX file, or only a part of one") from None
 
 @patch(cls_method=True)
 def from_onnx(cls:Alphabet,
-    path, # An ONNX recogniser with the metadata key `character`; `UserError` if it does not hold together
+    path, # An ONNX recogniser with the metadata key `character`, or a .txt beside it; `UserError` if that does not fit
 )->Alphabet: # As many classes as the model's output has
     "The alphabet that an ONNX recogniser carries"
     model = _onnx_file(path)
-    chars = {p.key:p.value for p in model.metadata_props}.get('character')
+    chars,beside = {p.key:p.value for p in model.metadata_props}.get('character'),Path(path).with_suffix('.txt')
+    if chars is None and beside.is_file(): chars = beside.read_text(encoding='utf-8').removesuffix('\n')
     if chars is None: raise UserError(f"{path}: holds no alphabet (metadata key 'character')")
     dims = [d.dim_value for o in model.graph.output[:1] for d in o.type.tensor_type.shape.dim]
     chars,n = chars.split('\n'), dims[-1] if dims else 0

@@ -10,6 +10,7 @@ __all__ = ['GUIDES', 'RecResizeImg', 'SVTRRecResizeImg', 'at_size', 'CTCLabelEnc
 
 # %% ../../nbs/rec/03_operations.ipynb #253d71c1
 import copy, cv2, math
+import numpy as np
 from ..core import UserError, unknown
 from .render import fit_line
 from .labels import (Alphabet, NRTRClasses, SARClasses, ctc_label, multi_label, nrtr_label,
@@ -65,11 +66,13 @@ class CTCLabelEncode:
     ):
         self.max_len,self.lower,self.whole = max_text_length,lower or character_dict_path is None,whole
         self.classes = self.classes(read_characters(character_dict_path, use_space_char))
-        self.any_length = False
+        self.any_length = self.counts = False # With `counts` also `label_ace`, how often each class is in the label
 
     def encode(self, text):
         label,length = ctc_label(text, self.classes, self.max_len, self.lower, self.whole)
-        return dict(label=label, length=length)
+        found = dict(label=label, length=length)
+        if self.counts: found['label_ace'] = np.bincount(label[:length], minlength=len(self.classes))
+        return found
 
     def __call__(self, sample, rng):
         return {**sample, **self.with_room_for(sample['label']).encode(sample['label'])}

@@ -12,7 +12,7 @@ __all__ = ['log', 'PLACES', 'SECONDS', 'note', 'told', 'each_label', 'frames_wan
 import inspect, json, logging, os, time
 import numpy as np
 from PIL import Image
-from ..core import UserError
+from ..core import UserError, check_file
 from ..data.lists import read_sample
 from ..data.pictures import picture_size
 from ..data.sets import SampleSet
@@ -130,6 +130,7 @@ def _page_size(source, sample):
     "Width and height, or None"
     try:
         if hasattr(source, 'data_dir'):
+            check_file(sample['path'])
             with Image.open(sample['path']) as im: return im.size
         return picture_size(sample['image']) if 'image' in sample else None
     except (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError): return None

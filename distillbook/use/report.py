@@ -9,7 +9,7 @@ __all__ = ['LABELS', 'macs', 'learners', 'Setup', 'setup', 'summary', 'draw_summ
            'render_det', 'PastRun', 'read_run', 'compare', 'plot_compare', 'Report', 'tracker_cbs']
 
 # %% ../../nbs/use/04_report.ipynb #5e2456d4
-import copy, math, re, tempfile
+import copy, math, os, re, tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -296,7 +296,7 @@ def render_det(
 def _rendered(folder, n, write):
     "A folder that `write` fills, and whose label lines it gives; whole or not there"
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not os.path.isdir(folder) or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already, and is not empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as d:
@@ -347,12 +347,12 @@ def read_run(
     "A run's configuration, its losses and its numbers"
     folder = Path(folder)
     config,log,table = (folder/name for name in ('config.yml','train.log','metrics.csv'))
-    if not config.is_file(): raise UserError(f"{folder} is no run's folder: it has no config.yml")
-    if not log.is_file() and not table.is_file():
+    if not os.path.isfile(config): raise UserError(f"{folder} is no run's folder: it has no config.yml")
+    if not os.path.isfile(log) and not os.path.isfile(table):
         raise UserError(f"{folder}: neither train.log nor metrics.csv; has it run?")
     try: values = parsed(config.read_text(encoding='utf-8'), config)[0]
     except (UnicodeDecodeError, OSError): raise UserError(f"{config}: not YAML") from None
-    steps,evals = _log_rows(log) if log.is_file() else ([],[])
+    steps,evals = _log_rows(log) if os.path.isfile(log) else ([],[])
     rows = read_metrics(table)
     if rows: evals = [{k: v for k,v in row.items() if k not in ('epoch','loss','seconds')} for row in rows]
     return PastRun(folder.name, _flat(values), steps or rows, evals)

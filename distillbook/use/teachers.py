@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from torch import nn
 from ..cache import CachedNet
 from ..core import UserError, say_once
-from ..det.nets import DetModel, ppocrv3_det, ppocrv4_det, server_det
+from ..det.nets import DetModel, ppocrv3_det, ppocrv4_det, ppocrv6_det, server_det
 from ..rec.labels import Alphabet
-from ..rec.nets import Sliced, ppocrv3_rec, ppocrv4_rec
+from ..rec.nets import Sliced, ppocrv3_rec, ppocrv4_rec, ppocrv6_rec
 from .fused import load_fused
 from .released import TEACHERS, teacher_file
 from .weights import load_onnx, match_layers, onnx_graph, onnx_weights
@@ -119,7 +119,7 @@ def load_teacher(
     return_all_feats:bool=False, # Of a recogniser with its weights, see `RecModel`
     task:str=None, # What it must be, one of `TASK_NAMES`; None: either
 ): # The net in eval mode; of a recogniser (net, its `Alphabet`). `UserError` if it cannot be had
-    "A released network: with its weights if it is PP-OCRv3, v4, v5 or the server detector, else run by onnxruntime"
+    "A released network: with its weights if it is PP-OCRv3 to v6 or the server detector, else run by onnxruntime"
     path,row = teacher_file(name_or_path),TEACHERS.get(str(name_or_path))
     net,why = _with_weights(path, return_all_feats) if row is None or row.trains else (None,'')
     if net is None: net = _run_only(path, why)
@@ -134,6 +134,8 @@ def _with_weights(path, return_all_feats):
     "The net, or None and why it is not one of ours"
     weights = onnx_weights(path)
     if any(k.startswith(AFFINE) for k in weights): return _fused(path, return_all_feats)
+    operations = {node.op_type for node in onnx_graph(path).node}
+    if 'Erf' in operations: return _ppocrv6(path, 'ConvTranspose' in operations, return_all_feats) # Of GELU
     tries = [(net, match_layers(net, weights)[1]) for net in _candidates(weights, path, return_all_feats)]
     net,wrong = min(tries, key=lambda o: len(o[1]))
     return (None,'; '.join(wrong)) if wrong else (load_onnx(net, path),'')
@@ -162,6 +164,16 @@ def _run_only(path, why):
     except UserError as e:
         no_net = f' (and it is no network of ours: {why})' if why else ''
         raise UserError(f"{e}{no_net}") from None
+
+# %% ../../nbs/use/02_teachers.ipynb #40475936
+def _ppocrv6(path, is_det, return_all_feats):
+    "PP-OCRv6 of the size that fits, as it was released"
+    why = ''
+    for size in ('small','tiny','medium'):
+        net = ppocrv6_det(size) if is_det else ppocrv6_rec(len(Alphabet.from_onnx(path)), return_all_feats, size)
+        try: return load_fused(net, path),''
+        except UserError as e: why = why or str(e)
+    return None,why
 
 # %% ../../nbs/use/02_teachers.ipynb #5b485ad1
 class ReleasedReader(nn.Module):

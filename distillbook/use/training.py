@@ -29,7 +29,7 @@ from fastai.callback.all import MixedPrecision, ProgressCallback
 
 # %% ../../nbs/use/03_training.ipynb #15dedb95
 from ..checkpoint import Checkpoint, frozen_hashes, load_file, save_file, without_frozen
-from ..core import UserError, keep_memory, printable, say_once, usable_cores, write_beside
+from ..core import UserError, check_file, keep_memory, printable, say_once, usable_cores, write_beside
 from ..learner import DistillLearner, distill_learner, param_groups
 from ..nets import Nets, Targets, look_up
 from ..schedules import FollowSchedule
@@ -270,7 +270,7 @@ def write_metrics(rows:list, path):
 def read_metrics(path)->list: # Of dicts; none, if there is no such file
     "The rows of a `metrics.csv`"
     path = Path(path)
-    if not path.is_file(): return []
+    if not os.path.isfile(path): return []
     kinds = dict(step=int, epoch=int)
     try:
         lines = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
@@ -418,11 +418,13 @@ def _enough_to_train(exp):
 
 def _scorer(exp):
     "From the outputs of a training step and its batch to numbers"
+    metric = copy.copy(exp.metric)
+    if exp.nets.means: metric.key = exp.nets.means.get(metric.key, metric.key) # A mean rests while the others train
     def score(preds, batch):
         preds = _detached(preds if exp.nets.names!=['Model'] else preds['Model'])
-        exp.metric.reset()
-        exp.metric(exp.decoder(preds, batch[1]), batch)
-        return exp.metric.get_metric()
+        metric.reset()
+        metric(exp.decoder(preds, batch[1]), batch)
+        return metric.get_metric()
     return score
 
 def _detached(o):
@@ -489,8 +491,8 @@ def look_over_data(exp:Experiment, frames:int=None)->list: # Texts
     sets = {k: (dl, n) for k,(dl,n) in sets.items() if _are_prepared(dl)}
     if sets: from distillbook.use.given import look_over, sentences
     exp.given = {k: look_over(dl.dataset, n) for k,(dl,n) in sets.items()}
-    origins = ', '.join(f"{n} {exp.sources.get(n, 'new')}{' (frozen)' if n in exp.nets.frozen else ''}"
-        for n in exp.nets.names)
+    still = exp.nets.frozen - set(exp.nets.means)
+    origins = ', '.join(f"{n} {exp.sources.get(n, 'new')}{' (frozen)' if n in still else ''}" for n in exp.nets.names)
     found = [s for side,o in exp.given.items() for s in sentences(side, o, side=='Train')]
     return [f'weights: {origins}', *found]
 
@@ -762,7 +764,7 @@ def check_unfinished(
     run:Run,
 ):
     "`UserError` if the run that is to be gone on from has ended"
-    if not run.resume or not (Path(run.resume).parent/'summary.json').exists(): return
+    if not run.resume or not os.path.exists(Path(run.resume).parent/'summary.json'): return
     state = load_file(run.resume)
     if not isinstance(state, dict) or state.get('batch', 0) is not None: return
     if not isinstance(state.get('epoch'), int): return
@@ -775,8 +777,12 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def _log_file(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    file,level = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder/'train.log').exists(): check_file(folder/'train.log')
+        file,level = logging.FileHandler(folder/'train.log', encoding='utf-8'),log.level
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: a run cannot be kept here: {getattr(e, 'strerror', None) or e}") from None
     claim(file.stream)
     file.setFormatter(_OneLine('[%(asctime)s] %(message)s', '%Y/%m/%d %H:%M:%S'))
     log.setLevel(logging.INFO)
@@ -787,11 +793,13 @@ def _log_file(folder):
         log.setLevel(level)
         file.close()
 
+# %% ../../nbs/use/03_training.ipynb #95f33bd7
 def _begin(learn, exp):
     "Say what is going to happen, and on what"
     run = exp.run
     nets,dls,others = learn.model,learn.dls,num_distrib()-1
-    names = ', '.join(f"{n}{' frozen' if n in nets.frozen else ''}" for n in nets.names)
+    still = nets.frozen - set(nets.means)
+    names = ', '.join(f"{n}{' frozen' if n in still else ''}" for n in nets.names)
     ranks = f' and {others} other ranks' if others>0 else ''
     log.info('train with %d networks (%s), %d lines, %d steps an epoch, on %s%s', len(nets.names), names,
         len(dls.train.dataset), len(dls.train), _machine_in_words(learn), ranks)

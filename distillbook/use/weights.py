@@ -23,9 +23,9 @@ import numpy as np, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from ..checkpoint import load_file as read_checkpoint
-from ..core import UserError, unknown, write_beside
+from ..core import UserError, check_file, unknown, write_beside
 from ..nets import Nets
-from ..reparam import RepLayer
+from ..reparam import Branched
 from .released import TEACHERS, teacher_file
 
 # %% ../../nbs/use/01_weights.ipynb #a542d910
@@ -55,6 +55,7 @@ def _is_weight(name, t, named):
 def onnx_graph(path):
     import onnx
     from google.protobuf.message import DecodeError
+    check_file(path)
     try: return onnx.load(path, load_external_data=False).graph
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
     except DecodeError: raise UserError(f"{path}: not an ONNX file, or only a part of one") from None
@@ -248,6 +249,7 @@ def read_pickle(
     path, # A file that Paddle wrote: .pdparams, .pdopt, .states; from a stranger, if need be
 ): # Dicts, lists, numbers, texts, arrays
     "What is in a file of Paddle's; `UserError` if it is anything else, and nothing in it is run"
+    check_file(path)
     try:
         with open(path, 'rb') as f: return _plain(_Unpickler(f, encoding='latin1').load(), {})
     except OSError as e: raise UserError(f"{path}: {e.strerror}") from None
@@ -344,7 +346,7 @@ def _files(path):
     if str(path) in TEACHERS: return [teacher_file(path)]
     if str(path).startswith(('http://','https://')): raise UserError(f"{path}: fetch the file first, and give its path")
     path = Path(os.path.expanduser(path))
-    tried = [path/f'{n}{s}' for n in STATE_FILES for s in WEIGHT_SUFFIXES] if path.is_dir() else []
+    tried = [path/f'{n}{s}' for n in STATE_FILES for s in WEIGHT_SUFFIXES] if os.path.isdir(path) else []
     tried += [path, *(Path(f'{path}{s}') for s in WEIGHT_SUFFIXES)]
     files = [p for p in tried if os.path.isfile(p)]
     if not files: raise _no_weights(path)
@@ -352,9 +354,9 @@ def _files(path):
 
 def _no_weights(path):
     "What is there instead"
-    folder = path if path.is_dir() else next(p for p in [*path.parents, Path('.')] if os.path.isdir(p))
+    folder = path if os.path.isdir(path) else next(p for p in [*path.parents, Path('.')] if os.path.isdir(p))
     names = sorted(os.listdir(folder))[:1000]
-    if path.is_dir():
+    if os.path.isdir(path):
         wanted,names = f"{', '.join(STATE_FILES[:4])}, with {', '.join(WEIGHT_SUFFIXES)}",', '.join(names[:5])
         return UserError(f"{path}: no weights here ({wanted}); it has {names or 'nothing in it'}")
     near = ', '.join(get_close_matches(path.name, names, n=3) or names[:3])
@@ -489,7 +491,7 @@ def _load_one(target, file, strict):
     "An ONNX file's weights: always those of one network"
     if names := _net_names(target):
         raise UserError(f"{file} holds one network; which is to have it? net={' or '.join(map(repr, names))}")
-    if any(isinstance(m, RepLayer) for m in target.modules()): return _load_fused(target, file)
+    if any(isinstance(m, Branched) for m in target.modules()): return _load_fused(target, file)
     if branches_for_training(target): return load_released(target, file)
     fit = fill_weights(target, onnx_state(target, file), file, strict)
     _say_what_is_left(fit, file)
