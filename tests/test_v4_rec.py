@@ -347,7 +347,7 @@ def test_released_weights_by_name(released, tmp_path, caplog):
     net,alphabet = load_teacher('PP-OCRv4_rec', return_all_feats=True)
     with torch.no_grad(): out = net(x)
     assert (out['head_out']['ctc'].softmax(-1)-want).abs().max()<1e-4 and out['backbone_out'].shape==(3,480,1,40) and len(alphabet)==6625
-    with pytest.raises(UserError, match=r'does not fit RecModel: linear_\d+.w_0 is \[6625, 120\] in the file'): load_weights(ppocrv4_rec(37, fused=True), file)
+    with pytest.raises(UserError, match=r'does not fit: linear_\d+.w_0 is \[6625, 120\] in the file'): load_weights(ppocrv4_rec(37, fused=True), file)
     with caplog.at_level(logging.INFO, 'distillbook'): model = build_model(load_config(CONFIGS/'ppocrv4.yml'))
     assert 'which has nothing for head.before_gtc, head.gtc_head' in caplog.text
     with torch.no_grad(): assert (model.eval()(x)-want).abs().max()<1e-4
