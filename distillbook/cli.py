@@ -392,9 +392,9 @@ def _exported(cfg, run, net, to, out, ensemble):
 # %% ../nbs/use/08_cli.ipynb #164d8477
 @app.command()
 def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures of pages: files, folders or globs'),
-    det:str=typer.Option('PP-OCRv3_det', '--det',
-        help='Detector: an .onnx file, or a name from `distillbook teachers`'),
-    rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
+    models:str=typer.Option('v3', '--models', help="PaddleOCR's generation of both: v3, v4, v5 or v6"),
+    det:str=typer.Option(None, '--det', help='Another detector: an .onnx file, or a name from `distillbook teachers`'),
+    rec:str=typer.Option(None, '--rec', help='Another recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
         help='Draw what was read; for several pictures, a folder'),
     turned:bool=typer.Option(False, '--turned', help='Pages may lie on their side or stand on their head; lines too'),
@@ -403,14 +403,17 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
 
     Examples: distillbook read page.png --draw read.png
 
+    distillbook read page.png --models v6
+
     distillbook read 'scans/*.jpg' --rec inference/Student.onnx --json
     """
     with one_line_errors():
         show_log()
         from distillbook.data.pictures import each_picture, image_paths
-        from distillbook.use.ocr import Reader, to_json
-        paths = image_paths(images)
-        pages,faults = each_picture(paths, Reader(det, rec, turned=turned), bar('reading'))
+        from distillbook.use.ocr import Reader, generation, to_json
+        paths,released = image_paths(images),generation(models)
+        reader = Reader(det or released['det'], rec or released['rec'], turned=turned)
+        pages,faults = each_picture(paths, reader, bar('reading'))
         if draw: _draw_pages(draw, pages, len(paths)>1)
         rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in pages]
         if as_json: print(json.dumps(rows, ensure_ascii=False))
