@@ -1,5 +1,5 @@
 "Inputs as nobody should make them, and what is done with each: some of every kind for test_hostile.py, ten thousand for tools/fuzz.py"
-import copy, json, os, shutil, string, traceback, zipfile
+import copy, json, os, shutil, signal, string, traceback, zipfile
 from pathlib import Path
 import cv2, numpy as np, torch, yaml
 from torch import nn
@@ -229,7 +229,7 @@ def places_to_read(rng, sound):
     with_lmdb.mkdir(exist_ok=True)
     if not (with_lmdb/'data.mdb').exists(): os.mkfifo(with_lmdb/'data.mdb')
     readers = [lambda: load_config(place), lambda: load_config(sound.folder/'sound.yml', [f'Global.character_dict_path={place}']), lambda: read_characters(place), lambda: label_files(place, sound.folder), lambda: label_files(sound.folder/'lines/train.txt', place), lambda: lmdb_lines(with_lmdb if str(place) in deep else place), lambda: lmdb_lines(with_lmdb),
-        lambda: read_weights(place), lambda: load_file(place), lambda: load_teacher(place), lambda: Alphabet.from_onnx(place), lambda: open_onnx(place), lambda: from_wheel(place), lambda: Answers(place, 'about'), lambda: read_run(place), lambda: shard_lines([str(place)])[0] if str(place) not in deep else None,
+        lambda: read_weights(place), lambda: load_file(place), lambda: load_teacher(place), lambda: Alphabet.from_onnx(place), lambda: in_child(lambda: told(lambda: open_onnx(place))), lambda: from_wheel(place), lambda: Answers(place, 'about'), lambda: read_run(place), lambda: shard_lines([str(place)])[0] if str(place) not in deep else None,
         lambda: build_set(load_config(sound.folder/'sound.yml', [f'Train.dataset.label_file_list=[{json.dumps(str(place))}]']), 'Train'), lambda: pieces_of(place), lambda: image_paths([place])]
     told(*rng.sample(readers, 4))
 
@@ -304,9 +304,11 @@ def kept(rng, sound):
     told(read)
 
 def in_child(f, seconds=20):
-    "Do it in a process of its own, for a library in C may end it"
+    "Do it in a process of its own, for a library in C may end it, or wait for ever"
     pid = os.fork()
     if not pid:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
         status = 0
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -437,9 +439,19 @@ def dotted_paths(rng, sound):
         assert home in ('torch','distillbook') and 'hub' not in found.__module__, name
     told(find)
 
+SLOW = 60 # Seconds that no input may take
+
+class Endless(BaseException): pass
+
+def stop(*_): raise Endless(f'more than {SLOW} s')
+
 def attempt(name, rng, sound):
     "'' if all is well, or what went wrong"
-    pwned = Path('pwned')
+    pwned,was = Path('pwned'),signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SLOW)
     try: KINDS[name](rng, sound)
-    except Exception as e: return f'{type(e).__name__}: {str(e)[:200]}\n'+''.join(traceback.format_exc().splitlines(True)[-5:-1])
+    except (Exception, Endless) as e: return f'{type(e).__name__}: {str(e)[:200]}\n'+''.join(traceback.format_exc().splitlines(True)[-5:-1])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, was)
     return 'something ran' if pwned.exists() else ''

@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import nn
 from ..cache import CachedNet
-from ..core import UserError, say_once
+from ..core import UserError, check_file, say_once
 from ..det.nets import DetModel, ppocrv3_det, ppocrv4_det, ppocrv6_det, server_det
 from ..rec.labels import Alphabet
 from ..rec.nets import Sliced, ppocrv3_rec, ppocrv4_rec, ppocrv6_rec
@@ -31,6 +31,7 @@ def onnx_session(
     device=None, # A GPU, to run it there if onnxruntime can; None: the CPU
 ): # `InferenceSession`; `UserError` if onnxruntime cannot run it
     "An ONNX file, ready to be run"
+    check_file(path)
     import onnxruntime as ort
     opts = ort.SessionOptions()
     opts.intra_op_num_threads = threads or torch.get_num_threads()
