@@ -392,9 +392,9 @@ def _exported(cfg, run, net, to, out, ensemble):
 # %% ../nbs/use/08_cli.ipynb #164d8477
 @app.command()
 def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures of pages: files, folders or globs'),
-    det:str=typer.Option('PP-OCRv3_det', '--det',
-        help='Detector: an .onnx file, or a name from `distillbook teachers`'),
-    rec:str=typer.Option('PP-OCRv3_rec', '--rec', help='Recogniser, likewise'),
+    models:str=typer.Option('v3', '--models', help="PaddleOCR's generation of both: v3, v4, v5 or v6"),
+    det:str=typer.Option(None, '--det', help='Another detector: an .onnx file, or a name from `distillbook teachers`'),
+    rec:str=typer.Option(None, '--rec', help='Another recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',
         help='Draw what was read; for several pictures, a folder'),
     turned:bool=typer.Option(False, '--turned', help='Pages may lie on their side or stand on their head; lines too'),
@@ -403,14 +403,17 @@ def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures
 
     Examples: distillbook read page.png --draw read.png
 
+    distillbook read page.png --models v6
+
     distillbook read 'scans/*.jpg' --rec inference/Student.onnx --json
     """
     with one_line_errors():
         show_log()
         from distillbook.data.pictures import each_picture, image_paths
-        from distillbook.use.ocr import Reader, to_json
-        paths = image_paths(images)
-        pages,faults = each_picture(paths, Reader(det, rec, turned=turned), bar('reading'))
+        from distillbook.use.ocr import Reader, generation, to_json
+        paths,released = image_paths(images),generation(models)
+        reader = Reader(det or released['det'], rec or released['rec'], turned=turned)
+        pages,faults = each_picture(paths, reader, bar('reading'))
         if draw: _draw_pages(draw, pages, len(paths)>1)
         rows = [dict(image=str(p), lines=to_json(lines)) for p,lines in pages]
         if as_json: print(json.dumps(rows, ensure_ascii=False))
@@ -483,11 +486,11 @@ def teachers(as_json:bool=JSON):
         from distillbook.use.released import list_teachers
         rows = list_teachers()
         if as_json: return print(json.dumps(rows, default=str))
-        t = Table('name', 'what it is', 'package', 'licence', 'MB', 'here')
+        t = Table('name', 'what it is', 'trains', 'package', 'licence', 'MB', 'here')
         for r in rows:
             here = 'yes' if r['here'] else 'no: fetched when first used'
-            t.add_row(r['name'], r['about'], f"{r['package']} {r['version']}", r['licence'], f"{r['size']/1e6:.1f}",
-                here)
+            t.add_row(r['name'], r['about'], 'yes' if r['trains'] else 'no', f"{r['package']} {r['version']}",
+                r['licence'], f"{r['size']/1e6:.1f}", here)
         console.print(t)
 
 # %% ../nbs/use/08_cli.ipynb #e94c378a
@@ -525,11 +528,23 @@ def _show_reports(rows):
     refused = sum(bool(r['refusals']) for r in rows)
     if len(rows)==1:
         for key,paths in rows[0]['missing'].items(): say(f"not here: {key}: {', '.join(paths)}")
+        _show_weights(rows)
         return say(f"{rows[0]['file']}: {_refusals(rows[0]) or 'accepted'}")
     above = os.path.commonpath([os.path.dirname(os.path.abspath(r['file'])) for r in rows])
-    table([{'file': os.path.relpath(r['file'], above), 'refused': len(r['refusals']) or '',
-        'files not here': sum(map(len, r['missing'].values())) or ''} for r in rows])
+    table([{'file': os.path.relpath(r['file'], above), **_counts(r)} for r in rows])
+    _show_weights(rows)
     say(f"{len(rows)-refused} of {len(rows)} accepted")
+
+def _counts(r):
+    "The numbers of a file; nothing where there is none"
+    missing = sum(map(len, r['missing'].values()))
+    return {'refused': len(r['refusals']) or '', 'files not here': missing or '',
+        'weights wanted': ', '.join(r['weights'])}
+
+def _show_weights(rows):
+    "How to give each network weights that has none"
+    wanted = {name: how for r in rows for name,how in r['weights'].items()}
+    for name,how in wanted.items(): say(f"{name} is frozen, teaches, and has no weights: {how}")
 
 def _refusals(r):
     n = len(r['refusals'])

@@ -1,11 +1,12 @@
 "`distillbook check`: every refusal of a file at once, with file and line; a row for each of many files; its exit status"
-import json
+import json, re
 from pathlib import Path
 import pytest, torch, yaml
 from torch import nn
 from typer.testing import CliRunner
 from distillbook.cli import app
-from distillbook.config import load_config
+from distillbook.config import build_terms, load_config
+from distillbook.config.assembly import check_teachers
 from distillbook.config.checker import missing_files, refusals, report, without_numbers
 from distillbook.config.files import read_config, shipped_configs
 from distillbook.config.values import Refusals, Section, Trying
@@ -83,13 +84,50 @@ def test_a_recogniser_too(tmp_path):
     keys = ' '.join(e.spot[2] for e in refusals(read_config(write(tmp_path, text))))
     assert all(k in keys for k in ('Backbone', 'hiden_dims', 'use_logs', 'RecConAugs')), keys
 
+NECK = dict(name='svtr', dims=120, depth=2, hidden_dims=120, kernel_size=[1,3], use_guide=True)
+PAIR = dict(weight=1., key='head_out', multi_head=True, dis_head='gtc')
+ROWS = 'Loss','loss_config_list'
+LISTS = { # Where something is put, in a file of ours; what; and the keys of all that is then refused
+    'heads': ('rec/ppocrv4', ('Architecture','Head','head_list'), [dict(CTCHead=dict(Neck={**NECK, 'dept': 2, 'dim': 3}, Head=dict(fc_decays=1))), dict(NRTRHead=dict(nrtr_dims=384)), dict(SARHeads={}), 'SARHead'],
+        ['0.CTCHead.Neck.dept', '0.CTCHead.Neck.dim', '0.CTCHead.Head.fc_decays', '1.NRTRHead.nrtr_dims', '2.SARHeads', '3']),
+    'a head beside others': ('rec/ppocrv4', ('Architecture','Head'), dict(name='MultiHead', use_poll=True, use_pos='ofte', head_list=[dict(CTCHead=dict(Neck=NECK)), dict(NRTRHead=dict(nrtr_dim=33))]), ['use_poll', 'use_pos', 'head_list.1.NRTRHead']),
+    'no CTC': ('rec/ppocrv4', ('Architecture','Head','head_list'), [dict(NRTRHead={})], ['']),
+    'networks of a row': ('rec/ppocrv4_distillation', (*ROWS,1,'DistillationCTCLoss','model_name_list'), ['Student','Studen','Teachr'], ['', '']),
+    'pairs and keys of a row': ('rec/ppocrv4_distillation', (*ROWS,0,'DistillationDKDLoss'), dict(PAIR, model_name_pairs=[['Studen','Teacher'],['Student','Teachr']], alphas=1., weight='much', beta='two'), ['model_name_pairs', 'model_name_pairs', 'alphas', 'weight', 'beta']),
+    'rows': ('rec/ppocrv4_distillation', ROWS, [dict(DistillationDKDLos=PAIR), 3, dict(DistillCTCLogits=dict(PAIR, weight=None)), dict(Term=dict(loss='kdd', on=['Student.head_out','Techer.head_out']))], ['0.DistillationDKDLos', '1', '2.DistillCTCLogits', '3.Term.loss', '3.Term.on']),
+    'maps': ('det/ppocrv4_cml', (*ROWS,1,'DistillationDMLLoss','maps_name'), ['thrink_map','binary_map','binary_maps'], ['', '']),
+    'decoded networks': ('det/ppocrv4_cml', ('PostProcess','model_name'), ['Studen','Teacher','Tutor'], ['', '']),
+    'operations': ('det/ppocrv4_cml', ('Train','dataset','transforms'), [dict(DecodeImages={}), dict(MakeShrinkMap=dict(shrink_ratio='much', min_text_size='small', ratios=3)), dict(KeepKeys=dict(keep_keys=['image']))], ['0.DecodeImages', '1.MakeShrinkMap.ratios']),
+    'settings of an operation': ('det/ppocrv4_cml', ('Train','dataset','transforms',5,'MakeShrinkMap'), dict(shrink_ratio='much', min_text_size='small'), ['shrink_ratio', 'min_text_size']),
+    'sets of Eval': ('det/ppocrv4_cml', ('Eval',), {'one': 3, 'two!': dict(dataset={}), 'three': dict(loader={})}, ['one', 'two!', 'three']),
+    'rates': ('det/ppocrv4_cml', ('Optimizer',), dict(name='Adam', clip_norm='short', regularizer=dict(name='L3'), lr=dict(name='Piecewise', decay_epochs=[10,5], values=[.1,-1,'x'], warmup_epoch='soon')), ['clip_norm', 'regularizer.name', 'lr.values.1', 'lr.values.2', 'lr.warmup_epoch']),
+    'names of networks': ('det/ppocrv4_cml', ('Architecture','Models'), {'a.b': {}, 'c/d': {}}, ['', '']),
+    'flags of networks': ('det/ppocrv4_cml', ('Architecture','Models'), {n: dict(freeze_params='yes', bf16='no', pretrained='PP-OCRv3_det') for n in 'ab'}, ['a.freeze_params', 'b.freeze_params', 'a.bf16', 'b.bf16']),
+    'a run': ('det/ppocrv4_cml', ('Global',), dict(epoch_num=1, use_gpu='yes', compile='no', use_amp=True, amp_dtype='float8', accept=3, eval_batch_step='often', average_with_start='half'), ['use_gpu', 'compile', 'amp_dtype', 'accept', 'eval_batch_step', 'average_with_start']),
+    'a height': ('rec/ppocrv3', ('Train','dataset','transforms'), [dict(DecodeImage={}), dict(MultiLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,96,320])), dict(KeepKeys=dict(keep_keys=['image','label_ctc','label_sar','length','valid_ratio']))], ['']),
+}
+
+@pytest.mark.parametrize('what', LISTS)
+def test_every_list_is_gone_through(what):
+    file,path,value,keys = LISTS[what]
+    config = read_config(file)
+    *above,last = path
+    inner = config
+    for k in above: inner = inner[k]
+    inner[last] = value
+    found = [e.spot[2] for e in refusals(config)]
+    begins = '.'.join(map(str, path))
+    wanted = [f'{begins}.{k}' if k else begins for k in keys]
+    assert [k for k in wanted if found.count(k)<wanted.count(k)]==[], (found, [str(e) for e in refusals(config)])
+
 def test_nothing_is_said_twice_of_what_depends_on_it(tmp_path):
     "A network that begins with one that was refused is not refused for that"
     text = CML.replace('Student2: *student', 'Student2: {init: Student}').replace('model_name: large', 'model_name: huge')
     assert ['Student2' in str(e) for e in refusals(read_config(write(tmp_path, text)))]==[False]
 
 @pytest.mark.parametrize('text,says', [('', 'Architecture'), ('Global: 3', 'Architecture'), ('Architecture: {Models: [1]}', 'networks with names'), ('a: [', 'not YAML'), ('[1]', 'a section is wanted'), (CML.replace('Optimizer:', 'Optimzer:'), "did you mean 'Optimizer'"),
-    (CML.replace('loss_config_list:', 'loss_config_lists:'), 'loss_config_lists'), (CML.replace('transforms: [DecodeImage', 'transforms: 3\n    transform: [DecodeImage'), 'a list of operations'), (CML.replace('Backbone: {name: ResNet_vd, in_channels: 3, layers: 50}', 'Backbone: 7'), 'Backbone')])
+    (CML.replace('loss_config_list:', 'loss_config_lists:'), 'loss_config_lists'), (CML.replace('transforms: [DecodeImage', 'transforms: 3\n    transform: [DecodeImage'), 'a list of operations'), (CML.replace('Backbone: {name: ResNet_vd, in_channels: 3, layers: 50}', 'Backbone: 7'), 'Backbone'),
+    (REC.replace('transforms: [', 'transforms: 3\n    transform: ['), 'a list of operations')])
 def test_odd_files(tmp_path, text, says):
     row = report(write(tmp_path, text))
     assert any(says in o['message'] for o in row['refusals']), row
@@ -98,6 +136,25 @@ def test_odd_files(tmp_path, text, says):
 def test_what_comes_along_is_accepted_without_its_files():
     for p in sorted(shipped_configs().rglob('*.yml')): assert report(p)['refusals']==[], p
     assert list(missing_files(read_config('det/ppocrv3_cml')))==[f'{s}.dataset.{k}' for s in ('Train','Eval') for k in ('data_dir','label_file_list')]
+
+def test_teachers_without_weights_are_said_and_not_refused(tmp_path):
+    "What is to be written is that which `train` asks for, and can be pasted"
+    for name in ('rec/ppocrv4_distillation','det/ppocrv4_cml'):
+        row = report(name)
+        assert row['refusals']==[] and list(row['weights'])==['Teacher']
+        options = re.findall('-o (\\S+?),? ', row['weights']['Teacher']+' ')
+        assert options==[f'Architecture.Models.Teacher.pretrained={v}' for v in ('FILE','none')]
+        assert report(name, options[1:])['weights']=={}
+        assert report(name, ['Global.pretrained_model=some'])['weights']=={} and list(report(name, ['Architecture.Models.Teacher.pretrained=some/file'])['weights'])==['Teacher']
+        config = load_config(name)
+        with pytest.raises(UserError) as e: check_teachers(config, build_terms(config))
+        assert all(f'-o {o}' in str(e.value) for o in options) and str(e.value).startswith(f'{config.path}:')
+        assert check_teachers(load_config(name, options[1:]), build_terms(config)) is None
+    models = dict(Architecture={**config['Architecture'], 'Models': {k: {**v, 'freeze_params': True} for k,v in config['Architecture']['Models'].items()}})
+    with pytest.raises(Refusals) as e: check_teachers(config.copy_with(**models), build_terms(config))
+    assert len(e.value.each)==3
+    spaced = Section({'Models': {'Big Teacher': {}}}, 'Models', 'Big Teacher')
+    assert spaced.option('pretrained', 'none')=="-o 'Models.Big Teacher.pretrained=none'"
 
 def test_nothing_is_fetched_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setattr('distillbook.use.released.pip_download', lambda *_: pytest.fail('a download'))
@@ -140,6 +197,10 @@ def test_command(tmp_path):
     good,bad = write(tmp_path, CML, 'good.yml'),write(tmp_path, changed(CML, ('epoch_num', 'epochs'), ('RSEFPN', 'RSEFPM')), 'bad.yml')
     r = run('check', good)
     assert r.exit_code==0 and r.stdout.strip().endswith('good.yml: accepted') and 'not here: Train.dataset.data_dir' in r.stdout
+    r = run('check', 'det/ppocrv4_cml')
+    assert r.exit_code==0 and 'Teacher is frozen, teaches, and has no weights: -o Architecture.Models.Teacher.pretrained=FILE, or -o Architecture.Models.Teacher.pretrained=none' in r.stdout
+    r = run('check', 'det/ppocrv4_cml', 'det/ppocrv3_cml')
+    assert r.exit_code==0 and '2 of 2 accepted' in r.stdout and r.stdout.count('Teacher is frozen')==1 and 'weights wanted' in r.stdout
     r = run('check', bad)
     assert r.exit_code==1 and sum(l.startswith(f'{bad}:') for l in r.stdout.splitlines())>=4 and r.stdout.strip().endswith('refusals')
     r = run('check', tmp_path, tmp_path/'none.yml')

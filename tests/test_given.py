@@ -154,7 +154,7 @@ def test_a_page_without_words_is_trained_on_and_measured(pages):
 # %% networks
 def test_a_frozen_network_that_nobody_loaded_does_not_teach(inhome):
     frozen = ['Architecture.Models.Teacher.freeze_params=true', 'Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', 'Global.save_model_dir=never']
-    fails(inside('train', '-c', 'given.yml', '-o', *frozen), 'given.yml:3: Architecture.Models.Teacher.pretrained', 'this network is frozen and teaches, but has no weights', 'pretrained: none')
+    fails(inside('train', '-c', 'given.yml', '-o', *frozen), 'given.yml:3: Architecture.Models.Teacher.pretrained', 'this network is frozen and teaches, but has no weights', '-o Architecture.Models.Teacher.pretrained=none')
     exp = experiment(load_config('given.yml', [*frozen, 'Architecture.Models.Teacher.pretrained=none']))
     assert 'Teacher' in exp.nets.frozen and exp.sources['Teacher'].startswith('new')
 
@@ -162,7 +162,7 @@ def test_a_frozen_copy_of_what_nobody_loaded_does_not_teach(inhome, tmp_path):
     "`init` is no weights, if those of the other network are new; chains of it are followed"
     changes = ['Loss.loss_config_list.0.DistillationCTCLoss.model_name_list=[Student]', 'Global.save_model_dir=never']
     (inhome/'copies.yml').write_text(YAML.replace(f'Teacher: {NET}, Student: {NET}', f'Student: {NET}, Third: {{init: Student}}, Teacher: {{init: Third, freeze_params: true}}'))
-    with pytest.raises(UserError, match='Architecture.Models.Teacher.pretrained: this network is frozen and teaches, but has no weights'): experiment(load_config('copies.yml', changes))
+    with pytest.raises(UserError, match='Architecture.Models.Teacher.pretrained: this network is frozen and teaches, but has no weights: -o Architecture.Models.Student.pretrained=FILE'): experiment(load_config('copies.yml', changes))
     from distillbook.use.weights import save_weights
     save_weights(experiment(load_config('given.yml')).nets['Student'], tmp_path/'s.pth')
     assert 'Teacher' in experiment(load_config('copies.yml', [*changes, f'Architecture.Models.Student.pretrained={tmp_path}/s.pth'])).nets.frozen

@@ -28,6 +28,7 @@ from small_nets import small_rec
 from test_cli import fails, inside as distillbook, tiny_run
 from test_cli_io import NETS, ROOT, overrides
 from test_v4_rec import as_published, words
+from test_v5_nets import FINDERS, READERS
 
 DET,REC = ROOT/'configs/det/plain_cml.yml',ROOT/'configs/rec/ppocrv3_distillation.yml'
 ONE_DEVICE,NO_NUMPY = 'on the same device|same device as the indexed',"convert cuda:0 device type tensor to numpy"
@@ -153,6 +154,18 @@ def test_branches_and_their_fusing():
     want = calibrate(net, x).eval()(x)
     got = fuse(copy.deepcopy(net))(x)
     assert got.is_cuda and (got-want).abs().max().item()<1e-4*want.abs().max().item()
+
+@pytest.mark.parametrize('make', [*READERS.values(), *FINDERS.values()], ids=[*(f'{k}-lines' for k in READERS), *(f'{k}-pages' for k in FINDERS)])
+def test_later_backbones(make):
+    "A step, and the answer of what was fused"
+    torch.manual_seed(0)
+    net,x = make().cuda(),torch.randn(4,3,64,64, device='cuda')
+    y = net(x)
+    sum(m.square().mean() for m in (y if isinstance(y, list) else [y])).backward()
+    assert {p.grad.device.type for p in net.parameters() if p.grad is not None}=={'cuda'}
+    first = lambda net: (y if not isinstance(y := net(x), list) else y[-1]).detach()
+    want,got = first(net.eval()),first(fuse(net))
+    assert got.is_cuda and (got-want).abs().max().item()<=1e-4*want.abs().max().item()
 
 def test_quickstart(tmp_path, monkeypatch, gpu):
     "The README's command: the teacher is asked where the networks are, and no thread is left idle"

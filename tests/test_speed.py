@@ -70,7 +70,7 @@ def test_results():
         o = json.loads(path.read_text())
         assert 'machine' in o, path.name
         assert 'command' in o or path.stem.startswith('paddleocr'), path.name
-    for name in ('five_losses','five_ways','four_detectors'): assert (results/f'{name}.png').exists()
+    for name in ('five_losses','five_ways','four_detectors','ppocrv4_lines'): assert (results/f'{name}.png').exists()
 
 def test_summary_of_detectors():
     "Gains are over the same student alone"

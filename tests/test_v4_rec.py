@@ -1,5 +1,5 @@
 "PP-OCRv4's recogniser: labels, texts, losses and whole steps against PaddleOCR's own numbers"
-import json, logging
+import json, logging, re
 from pathlib import Path
 import cv2, numpy as np, pytest, torch, yaml
 from fastai.basics import Callback, CancelValidException
@@ -284,10 +284,11 @@ def test_the_published_distillation_runs(words, tmp_path, caplog):
     say_once.cache_clear()
     with caplog.at_level(logging.INFO, 'distillbook'):
         path = as_published(words, tmp_path)
-        with pytest.raises(UserError, match='Teacher.pretrained: this network is frozen and teaches, but has no weights'): experiment(load_config(path))
+        with pytest.raises(UserError, match='Teacher.pretrained: this network is frozen and teaches, but has no weights') as refusal: experiment(load_config(path))
+        pasted, = re.findall(r'-o (\S+=none)', str(refusal.value)) # What is to be written is in the message
         say_once.cache_clear()
         caplog.clear()
-        cfg = load_config(path, ['Architecture.Models.Teacher.pretrained=none'])
+        cfg = load_config(path, [pasted])
         exp = experiment(cfg)
         train(exp)
     said = [r.getMessage() for r in caplog.records]
@@ -302,7 +303,9 @@ def test_a_name_left_behind_is_not_a_typing_mistake(words, tmp_path):
     path = as_published(words, tmp_path)
     with pytest.raises(UserError, match='there is no output/mine/latest'): experiment(load_config(path, ['Global.checkpoints=output/mine/latest']))
     with pytest.raises(UserError, match='there is no'): experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactored']))
-    assert experiment(load_config(path, ['Global.checkpoints=','Global.pretrained_model=refactor'])).nets
+    names = ['Global.checkpoints=','Global.pretrained_model=refactor'] # Nothing is loaded by such a name, the teacher neither
+    with pytest.raises(UserError, match='has no weights'): experiment(load_config(path, names))
+    assert experiment(load_config(path, [*names, 'Architecture.Models.Teacher.pretrained=none'])).nets
 
 def test_weights_of_a_backbone_are_named_beside_it(words, tmp_path):
     path,key = as_published(words, tmp_path),'Architecture.Models.Student.Backbone.pretrained'
@@ -344,7 +347,7 @@ def test_released_weights_by_name(released, tmp_path, caplog):
     net,alphabet = load_teacher('PP-OCRv4_rec', return_all_feats=True)
     with torch.no_grad(): out = net(x)
     assert (out['head_out']['ctc'].softmax(-1)-want).abs().max()<1e-4 and out['backbone_out'].shape==(3,480,1,40) and len(alphabet)==6625
-    with pytest.raises(UserError, match=r'does not fit RecModel: linear_\d+.w_0 is \[6625, 120\] in the file'): load_weights(ppocrv4_rec(37, fused=True), file)
+    with pytest.raises(UserError, match=r'does not fit: linear_\d+.w_0 is \[6625, 120\] in the file'): load_weights(ppocrv4_rec(37, fused=True), file)
     with caplog.at_level(logging.INFO, 'distillbook'): model = build_model(load_config(CONFIGS/'ppocrv4.yml'))
     assert 'which has nothing for head.before_gtc, head.gtc_head' in caplog.text
     with torch.no_grad(): assert (model.eval()(x)-want).abs().max()<1e-4

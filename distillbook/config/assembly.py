@@ -7,8 +7,8 @@ Docs: https://distillbook.github.io/distillbook/config/assembly.html.md"""
 # %% auto #0
 __all__ = ['log', 'PRECISIONS', 'PATHS', 'MADE', 'eval_steps', 'run_settings', 'picture_settings', 'prepared', 'usable', 'fresh',
            'as_nets', 'with_means', 'ema_settings', 'frozen_elsewhere', 'model_with_weights', 'sources_of',
-           'begins_trained', 'without_labels', 'check_teachers', 'rows_of', 'check_heights', 'experiment',
-           'ready_networks', 'build_learner', 'outline', 'example_batch']
+           'begins_trained', 'without_labels', 'untaught', 'how_to_load', 'check_teachers', 'rows_of', 'check_heights',
+           'experiment', 'ready_networks', 'build_learner', 'outline', 'example_batch']
 
 # %% ../../nbs/config/09_assembly.ipynb #939121ba
 import logging, os
@@ -33,7 +33,7 @@ from .losses import build_terms, target_places
 from .networks import build_model, build_networks, characters, dictionary, ema_names, existing, folder_of
 from .networks import _is_there, left_behind, load_into, net_names, own_weights, task
 from .optimizer import build_optimizer, lr_schedule
-from .values import Config, Section
+from .values import Config, Section, Trying
 from ..det.operations import NormalizeImage
 from ..rec.labels import Alphabet, read_characters
 from ..rec.operations import RecResizeImg
@@ -304,25 +304,43 @@ def without_labels(
         ', '.join(t.name for t in kept))
     return kept
 
-# %% ../../nbs/config/09_assembly.ipynb #6fdc4890
-def check_teachers(
+# %% ../../nbs/config/09_assembly.ipynb #b71f22c4
+def untaught(
     config:dict, # The whole configuration
     terms:list, # Of `Term`
-):
-    "`UserError` if a frozen network teaches that nobody has loaded: PaddleOCR would train towards what chance made"
-    g,models = config.get('Global') or {},config['Architecture'].get('Models') or {}
-    if g.get('pretrained_model') or g.get('checkpoints'): return
+)->list: # Names
+    "Frozen networks that teach and that nobody has loaded"
+    g,models = Section(config).maybe('Global'),config['Architecture'].get('Models') or {}
+    if any(g.get(k) and not left_behind(g, k) for k in ('pretrained_model','checkpoints')): return []
     teaching = {a.partition('.')[0] for t in terms for a in t.addresses}
-    for name,part in models.items():
-        if _is_loaded(models, name) or not part.get('freeze_params') or name not in teaching: continue
-        raise Section(config, 'Architecture', 'Models', name).refuse("this network is frozen and teaches, but has no "
-            "weights, and would teach what chance made of it: say which, or pretrained: none if that is meant",
-            'pretrained')
+    return [n for n in models if n in teaching and models[n].get('freeze_params') and not _is_loaded(models, n)]
 
 def _is_loaded(models, name):
     "Has a network weights of its own, or those of one that has? `pretrained: none` is a word of the user's too"
     part = models.get(name) or {}
     return part.get('pretrained') or (part.get('init') and _is_loaded(models, part['init']))
+
+def how_to_load(
+    config:dict, net:str, # The whole configuration, and the name of a frozen network
+)->str:
+    "What to write behind the command, to be pasted; of a copy (`init`), for the network that it is a copy of"
+    models = Section(config, 'Architecture', 'Models')
+    while models.get(net).get('init') in models: net = models.get(net)['init']
+    net = Section(config, *models.path, net)
+    file,none = (net.option('pretrained', value) for value in ('FILE','none'))
+    return f"{file}, or {none} to have it teach as chance made it"
+
+def check_teachers(
+    config:dict, # The whole configuration
+    terms:list, # Of `Term`
+):
+    "`UserError` if a frozen network teaches that nobody has loaded: PaddleOCR would train towards what chance made"
+    trying = Trying()
+    for name in untaught(config, terms):
+        net = Section(config, 'Architecture', 'Models', name)
+        message = f"this network is frozen and teaches, but has no weights: {how_to_load(config, name)}"
+        with trying(): raise net.refuse(message, 'pretrained')
+    trying.done()
 
 # %% ../../nbs/config/09_assembly.ipynb #42b1ff34
 def rows_of(backbone, height:int)->int: # 0 where it fails
@@ -456,8 +474,8 @@ def outline(
 )->Experiment: # With a made batch as `example`, and no data
     "Networks and terms, to be looked at"
     config = usable(config)
-    arch = _without_cache(config['Architecture'])
-    whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None}, Architecture=arch)
+    g,arch = Section(config).section('Global').values,_without_cache(config['Architecture'])
+    whole = Config(config).copy_with(Global={**g, 'pretrained_model': None}, Architecture=arch)
     nets = as_nets(with_means(config, build_model(whole)))
     exp = Experiment(nets=nets, terms=build_terms(config), dls=None, sources=sources_of(config),
         example=example_batch(config))
@@ -467,16 +485,23 @@ def outline(
 def _operation_value(config, names, key, default):
     "A setting of the first operation of a kind, wherever it stands"
     for side in (('Train',), *(eval_sides(config).values() if config.get('Eval') else ())):
-        for row in Section(config).maybe(*side, 'dataset').get('transforms') or []:
+        rows = Section(config).maybe(*side, 'dataset').get('transforms')
+        for row in rows if isinstance(rows, list) else []:
             for name in names:
                 if isinstance(row, dict) and isinstance(row.get(name), dict) and key in row[name]: return row[name][key]
     return default
 
 def _picture_shape(config):
     if task(config)=='rec':
-        return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
-    height,width = _operation_value(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
-    return 3,int(height),int(width)
+        return _pixels(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320))
+    return 3,*_pixels(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
+
+def _pixels(config, names, key, default):
+    "Sizes of an operation, as many whole numbers as the default has"
+    sizes = _operation_value(config, names, key, default)
+    good = isinstance(sizes, (list,tuple)) and len(sizes)==len(default) and all(type(n) is int and n>0 for n in sizes)
+    if good: return tuple(sizes)
+    raise UserError(f"{names[0]}: {key}: numbers of pixels are wanted, as in {list(default)}, not {sizes!r}")
 
 # %% ../../nbs/config/09_assembly.ipynb #cd5c1e2d
 def example_batch(

@@ -52,12 +52,13 @@ def build_operation(
 
 # %% ../../nbs/config/05_data.ipynb #373e4b86
 def _made(factory, section, values):
-    takes = parameters(factory)
-    for key in values:
-        if key not in takes: continue
-        with section.blame(key): values[key] = typed(takes[key], values[key])
-    missing = [k for k,p in takes.items() if p.default is p.empty and k not in values]
-    if missing: raise section.refuse(f"{name_of(factory)} needs {', '.join(missing)}")
+    takes,trying = parameters(factory),Trying()
+    for key in [k for k in values if k in takes]:
+        with trying(), section.blame(key): values[key] = typed(takes[key], values[key])
+    with trying():
+        missing = [k for k,p in takes.items() if p.default is p.empty and k not in values]
+        if missing: raise section.refuse(f"{name_of(factory)} needs {', '.join(missing)}")
+    trying.done()
     return called(factory, values, section)
 
 def build_operations(
@@ -69,19 +70,24 @@ def build_operations(
     dataset = Section(config, *path[:-1])
     listed = dataset.get(path[-1])
     if not isinstance(listed, list): raise dataset.refuse("a list of operations is wanted", path[-1])
-    shared,made,trying = _shared(config),[],Trying()
+    shared,made,trying,refused = _shared(config),[],Trying(),0
     for i,row in enumerate(listed):
+        refused = len(trying.each)
         with trying():
             name = _name_of(dataset, path[-1], i, row)
             if not skip(name): made.append(build_operation(Section(config, *path, i, name), name, shared))
+    with trying():
+        if keep is None and len(trying.each)==refused: _check_last(dataset, path[-1], made)
     trying.done()
     if keep is not None: return [o for o in made if not isinstance(o, KeepKeys)],keep
-    if not made or not isinstance(made[-1], KeepKeys): raise dataset.refuse("the last operation is KeepKeys", path[-1])
     for o in made[:-1]:
         if hasattr(o, 'counts'): o.counts = 'label_ace' in made[-1].keep_keys
-    if made[-1].keep_keys[:1]!=['image']:
-        raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", path[-1])
     return made[:-1],made[-1].keep_keys
+
+def _check_last(dataset, key, made):
+    if not made or not isinstance(made[-1], KeepKeys): raise dataset.refuse("the last operation is KeepKeys", key)
+    if made[-1].keep_keys[:1]!=['image']:
+        raise dataset.refuse(f"keep_keys begins with 'image'; not {made[-1].keep_keys}", key)
 
 # %% ../../nbs/config/05_data.ipynb #1dcfe3e6
 def make_operations(
@@ -240,12 +246,15 @@ def _scales(config, side):
     if multi and not sampler.path: raise part.refuse("MultiScaleDataSet wants a section sampler beside it")
     if not sampler.path: return {}
     if not multi: raise sampler.refuse(f"this is for MultiScaleDataSet, not {dataset.get('name')}")
-    rows = dataset.get('transforms')
+    rows,trying,found = dataset.get('transforms'),Trying(),dict(resize=at_size)
     for i,row in enumerate(rows if isinstance(rows, list) else []):
         name = next((k for k in RESIZING if isinstance(row, dict) and k in row), None)
-        if name: raise dataset.refuse(f"{name}: the sampler says how large lines become", 'transforms', i, name)
-    made = build(SAMPLERS.find(sampler.get('name'), sampler, 'name'), sampler)
-    return dict(sampler=made, resize=at_size, ds_width=dataset.read('ds_width', bool, False))
+        with trying():
+            if name: raise dataset.refuse(f"{name}: the sampler says how large lines become", 'transforms', i, name)
+    with trying(): found['sampler'] = build(SAMPLERS.find(sampler.get('name'), sampler, 'name'), sampler)
+    with trying(): found['ds_width'] = dataset.read('ds_width', bool, False)
+    trying.done()
+    return found
 
 # %% ../../nbs/config/05_data.ipynb #07677ec5
 def eval_sides(
@@ -255,11 +264,15 @@ def eval_sides(
     section = Section(config).section('Eval')
     if 'dataset' in section or 'loader' in section: return dict(eval=('Eval',))
     if not section.values: raise section.refuse("a section dataset is wanted")
+    trying = Trying()
     for name,part in section.values.items():
-        if not isinstance(part, dict) or 'dataset' not in part:
-            raise section.refuse("a set with a dataset and a loader is wanted", name)
-        if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum():
-            raise section.refuse("the name of a set is made of letters, digits, - and _", name)
+        with trying():
+            if not isinstance(part, dict) or 'dataset' not in part:
+                raise section.refuse("a set with a dataset and a loader is wanted", name)
+        with trying():
+            if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum():
+                raise section.refuse("the name of a set is made of letters, digits, - and _", name)
+    trying.done()
     return {name: ('Eval',name) for name in section.values}
 
 def build_evals(

@@ -11,7 +11,7 @@ __all__ = ['POST_KEYS', 'POST_IGNORED', 'METRIC_KEYS', 'PREFIX', 'decoder_of', '
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
 from .networks import all_names, characters, ema_names, net_names, task
 from .registry import DECODERS, METRICS, arguments, build, called, parameters
-from .values import Section
+from .values import Section, Trying
 from ..core import unknown
 from ..use.training import NetMetrics
 
@@ -85,10 +85,12 @@ def decoded_nets(
     several = 'Models' in config['Architecture'] if config.get('Architecture') else own
     means = ema_names(config)
     if not several: return ['Model',*means] if means else None
-    nets = section.names('model_name', ['student'] if own else net_names(config))
+    nets,trying = section.names('model_name', ['student'] if own else net_names(config)),Trying()
     for n in nets:
-        if config.get('Architecture') and n not in all_names(config):
-            raise section.unknown('net', n, all_names(config), 'model_name')
+        with trying():
+            if config.get('Architecture') and n not in all_names(config):
+                raise section.unknown('net', n, all_names(config), 'model_name')
+    trying.done()
     return nets + [m for m,n in means.items() if n in nets and m not in nets]
 
 def build_decoder(
@@ -97,8 +99,10 @@ def build_decoder(
     "From the networks' outputs to texts or boxes"
     # For recognition `decode(preds, label=None)`: `{net: [(text, confidence)]}`, with labels `{net: (reads, labels)}`;
     # for detection `decode(preds, shape)`: `{net: [dict(points, scores)]}`; without names, just these
-    section = Section(config).maybe('PostProcess')
-    decoder,nets,key = decoder_of(config),decoded_nets(config),section.get('key')
+    key,trying = Section(config).maybe('PostProcess').get('key'),Trying()
+    with trying(): decoder = decoder_of(config)
+    with trying(): nets = decoded_nets(config)
+    trying.done()
     if nets is None: return lambda preds, second=None: decoder(head_output(preds, None, decoder), second)
     def decode(preds, second=None): # A mean over time may rest while the others train
         there = [n for n in nets if n in preds or n not in ema_names(config)]
@@ -138,28 +142,40 @@ def check_evaluation_keys(
     "Refuse unknown keys of `PostProcess` and `Metric`, where they name what is in the tables"
     post,metric = Section(config).maybe('PostProcess'),Section(config).maybe('Metric')
     decoder_keys = {k for c in DECODERS.values() for k in parameters(c)} - {'alphabet','classes'}
-    ignored = [] if '.' in str(post.get('name')) else post.only([*POST_KEYS, *decoder_keys], POST_IGNORED)
-    own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
-    return ignored + ([] if own else metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter']))
+    ignored,trying = [],Trying()
+    with trying():
+        if '.' not in str(post.get('name')): ignored = post.only([*POST_KEYS, *decoder_keys], POST_IGNORED)
+    with trying():
+        own = '.' in str(metric.get('name')) or '.' in str(metric.get('base_metric_name'))
+        if not own: metric.only([*METRIC_KEYS, 'ignore_space', 'is_filter'])
+    trying.done()
+    return ignored
 
 # %% ../../nbs/config/06_evaluation.ipynb #98488c36
 def build_metric(
     config:dict, # The whole configuration
 )->NetMetrics:
     "The metric of a configuration"
-    section = Section(config).maybe('Metric')
+    section,trying = Section(config).maybe('Metric'),Trying()
     cls = _metric_class(section)
+    with trying(): key = _metric_net(config, section)
+    with trying():
+        names = list(getattr(cls, 'names', ()))
+        indicator = section.get('main_indicator', 'hmean' if 'hmean' in names else next(iter(names), None))
+        if indicator not in names: raise section.unknown('indicator', indicator, names, 'main_indicator')
+    with trying():
+        others = [k for k in ('ignore_space','is_filter') if k in section and k not in parameters(cls)]
+        values = arguments(cls, section, (*METRIC_KEYS, *others), **_metric_given(config, cls))
+    trying.done()
+    return NetMetrics(lambda: called(cls, values, section), key, indicator)
+
+def _metric_net(config, section):
+    "The network that counts; None without one"
     key = section.read('key', str, None) if section.get('name')=='DistillationMetric' else None
     if key and config.get('Architecture') and key not in all_names(config):
         raise section.unknown('net', key, all_names(config), 'key')
     of = {n: m for m,n in ema_names(config).items()} # What is measured of a network is its mean, as in PaddleOCR
-    key = of.get(key or 'Model', key)
-    names = list(getattr(cls, 'names', ()))
-    indicator = section.get('main_indicator', 'hmean' if 'hmean' in names else next(iter(names), None))
-    if indicator not in names: raise section.unknown('indicator', indicator, names, 'main_indicator')
-    others = [k for k in ('ignore_space','is_filter') if k in section and k not in parameters(cls)]
-    values = arguments(cls, section, (*METRIC_KEYS, *others), **_metric_given(config, cls))
-    return NetMetrics(lambda: called(cls, values, section), key, indicator)
+    return of.get(key or 'Model', key)
 
 def _metric_given(config, cls):
     given = given_by_characters(config, cls)

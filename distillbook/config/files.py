@@ -73,12 +73,14 @@ def _check_side(config, side):
     if side not in config: return []
     section,ignored = Section(config, side),[]
     named = side=='Eval' and not {'dataset','loader'} & set(section.values)
-    for part in [Section(config, side, name) for name in section.values] if named else [section]:
-        part.only(('dataset','loader','sampler'))
-        if 'dataset' in part:
-            ignored += [k for k in _dotted(Section(config, *part.path, 'dataset'))
-                if k.rpartition('.')[2] in SET_IGNORED]
-        if 'loader' in part: ignored += Section(config, *part.path, 'loader').only(LOADER_KEYS, LOADER_IGNORED)
+    trying = Trying()
+    for path in [(side,name) for name in section.values] if named else [(side,)]:
+        with trying(): Section(config, *path).only(('dataset','loader','sampler'))
+        with trying():
+            dataset = Section(config, *path).maybe('dataset')
+            ignored += [k for k in _dotted(dataset) if k.rpartition('.')[2] in SET_IGNORED]
+        with trying(): ignored += Section(config, *path).maybe('loader').only(LOADER_KEYS, LOADER_IGNORED)
+    trying.done()
     return ignored
 
 def _dotted(section): return ['.'.join(map(str, (*section.path, k))) for k in section.values]
@@ -118,9 +120,10 @@ def _check_global(config):
 
 def _check_other(config):
     if not config.get('WithoutTeacher'): return
-    other = _without_teacher(config)
-    check(other)
-    build_terms(other)
+    other,trying = _without_teacher(config),Trying()
+    for look in (check, build_terms):
+        with trying(): look(other)
+    trying.done()
 
 def _without_teacher(config):
     "What the configuration becomes if no teacher can be had"
@@ -131,6 +134,7 @@ def _without_teacher(config):
     plain.lines = {k: v for k,v in config.lines.items() if k[0] not in other.values} | own
     return plain
 
+# %% ../../nbs/config/08_files.ipynb #16562994
 def _check_losses(config):
     loss = Section(config).maybe('Loss')
     if loss.get('name')!='CombinedLoss' or 'Models' not in config['Architecture']: return
@@ -143,8 +147,11 @@ def _check_losses(config):
     trying.done()
 
 def _check_nets(section, key):
+    trying = Trying()
     for n in section.names(key, []):
-        if n not in net_names(section.config): raise section.unknown('net', n, net_names(section.config), key)
+        with trying():
+            if n not in net_names(section.config): raise section.unknown('net', n, net_names(section.config), key)
+    trying.done()
 
 # %% ../../nbs/config/08_files.ipynb #f32c9d76
 def shipped_configs()->Path:

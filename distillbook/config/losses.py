@@ -116,9 +116,9 @@ class Rows:
 
     def positions(self, names):
         "Of targets by name"
-        for n in names:
-            if n not in self.places:
-                raise UserError(f"the batch has no {n}: keep_keys of Train.dataset.transforms must name it")
+        if missing := [n for n in names if n not in self.places]:
+            there = "keep_keys of Train.dataset.transforms must name"
+            raise UserError(f"the batch has no {', '.join(missing)}: {there} {'it' if len(missing)==1 else 'them'}")
         return [self.places[n] for n in names]
 
     def term(self, fn, addresses, name, targets=(), weight=None, projector=None, **keys):
@@ -177,10 +177,12 @@ def dml_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str
 
 def _of_maps(rows, fn, pairs, maps_name, key, name, **keys):
     "Terms of one or more of a detector's maps"
-    terms = []
+    terms,trying = [],Trying()
     for maps in maps_name if isinstance(maps_name, list) else [maps_name]:
-        if maps not in list(MAPS): raise unknown('map', maps, MAPS, 'maps_name')
-        terms += _paired(rows, fn, pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps, **keys)
+        with trying(), rows.section.blame('maps_name'):
+            if maps not in list(MAPS): raise unknown('map', maps, MAPS, 'maps_name')
+            terms += _paired(rows, fn, pairs, key or 'maps', None, f'{name}_{maps}', maps_name=maps, **keys)
+    trying.done()
     return terms
 
 def distance_row(rows, model_name_pairs, key:str=None, multi_head=False, dis_head:str=None, mode:str='l2',
@@ -266,11 +268,12 @@ TERM_KEYS = ('loss','on','weight','targets','name','projector')
 
 def term_row(rows):
     "Any loss on any addresses"
-    row = rows.section
-    fn,on = LOSSES.find(row.get('loss'), row, 'loss'),row.names('on')
-    for address in on:
-        if rows.config.get('Architecture') and address.partition('.')[0] not in all_names(rows.config):
-            raise row.unknown('net', address.partition('.')[0], all_names(rows.config), 'on')
+    row,trying = rows.section,Trying()
+    with trying(): fn = LOSSES.find(row.get('loss'), row, 'loss')
+    with trying():
+        on = row.names('on')
+        _check_nets(row, 'on', [address.partition('.')[0] for address in on])
+    trying.done()
     outputs,others = _outputs_and_others(called_as(fn), len(on))
     targets = row.names('targets', None)
     if targets is None: targets = [n for n in others if n in rows.places]
@@ -388,7 +391,12 @@ def weight_of(
 def checked_row(
     config:dict, i:int, # The whole configuration, and which row of `loss_config_list`
 )->tuple: # Its name and its `Section`
-    "A row whose name, keys and networks are right"
+    "A row whose name and networks are right"
+    name,section = _named_row(config, i)
+    _check_networks(section)
+    return name,section
+
+def _named_row(config, i):
     loss = Section(config, 'Loss')
     row = loss.get('loss_config_list')[i]
     if not isinstance(row, dict) or len(row)!=1:
@@ -399,35 +407,52 @@ def checked_row(
     if name not in ROWS and config.get('Architecture') and net_names(config)!=['Model']:
         raise section.refuse(f"{name} is for one network without a name; for {', '.join(net_names(config))} there are "
             "losses whose names begin with Distillation")
-    _check_networks(section)
     return name,section
 
 # %% ../../nbs/config/04_losses.ipynb #357a9ea6
+def _check_nets(row, key, nets):
+    "The networks that a key names are there"
+    known,trying = all_names(row.config) if row.config.get('Architecture') else None,Trying()
+    for n in dict.fromkeys(nets):
+        with trying():
+            if known and n not in known: raise row.unknown('net', n, known, key)
+    trying.done()
+
 def _check_networks(row):
     "The networks of a row are there"
-    for key in ('key','dis_head','name'): row.read(key, str, None)
-    known = all_names(row.config) if row.config.get('Architecture') else None
-    nets = row.names('model_name_list', []) if 'model_name_list' in row else []
+    trying = Trying()
+    for key in ('key','dis_head','name'):
+        with trying(): row.read(key, str, None)
+    with trying(): _check_nets(row, 'model_name_list', row.names('model_name_list', []))
     if 'model_name_pairs' in row:
-        with row.blame('model_name_pairs'): nets = sum(pairs_of(row.get('model_name_pairs')), [])
-    for n in nets:
-        if known and n not in known:
-            raise row.unknown('net', n, known, 'model_name_list' if 'model_name_list' in row else 'model_name_pairs')
+        with trying(), row.blame('model_name_pairs'):
+            _check_nets(row, 'model_name_pairs', sum(pairs_of(row.get('model_name_pairs')), []))
+    trying.done()
 
 def row_terms(
     config:dict, i:int, # The whole configuration, and which row of `loss_config_list`
 )->list: # Of `Term`
     "The terms that a row means"
-    name,section = checked_row(config, i)
-    default = 1. if name=='Term' else None
-    if default is None and section.get('weight') is None: raise section.refuse("weight is wanted")
-    rows = Rows(config, target_places(config), section, weight_of(section, default=default))
-    with section.blame():
-        if name=='Term': return term_row(rows)
-        keys = arguments(COMBINED[name], section, skip=('weight',), rows=rows)
-        for listed in ('model_name_list','model_name_pairs'):
-            if listed in keys and not keys[listed]: raise section.refuse(f"{listed} is wanted")
-        return called(COMBINED[name], keys, section)
+    name,section = _named_row(config, i)
+    rows,trying,terms = Rows(config, target_places(config), section),Trying(),[]
+    with trying(): _check_networks(section)
+    known = not trying.each
+    with trying(): rows.weight = _own_weight(name, section)
+    with trying(), section.blame(): terms = term_row(rows) if name=='Term' else _paddle_row(rows, COMBINED[name], known)
+    trying.done()
+    return terms
+
+# %% ../../nbs/config/04_losses.ipynb #d3895a1c
+def _own_weight(name, section):
+    if name!='Term' and section.get('weight') is None: raise section.refuse("weight is wanted")
+    return weight_of(section, default=1.)
+
+def _paddle_row(rows, fn, known):
+    "The terms of a row other than `Term`; none if its networks are not known"
+    keys = arguments(fn, rows.section, skip=('weight',), rows=rows)
+    for listed in ('model_name_list','model_name_pairs'):
+        if listed in keys and not keys[listed]: raise rows.section.refuse(f"{listed} is wanted")
+    return called(fn, keys, rows.section) if known else []
 
 # %% ../../nbs/config/04_losses.ipynb #a043ddab
 LOSS_KEYS = dict(CombinedLoss=('name','loss_config_list'), MultiLoss=('name','loss_config_list','weight_1','weight_2'))

@@ -18,7 +18,7 @@ from ..core import UserError
 from ..optim import ClipGrad, OwnDecay, decay_groups, l2_groups
 from ..schedules import warmed_up
 from .registry import OPTIMISERS, SCHEDULES, arguments, called, parameters
-from .values import Section, as_kind
+from .values import Section, Trying, as_kind
 
 # %% ../../nbs/config/07_optimizer.ipynb #a1325f27
 def as_section(
@@ -45,10 +45,13 @@ def lr_schedule(
     if epochs<1 or steps_per_epoch<1:
         raise section.refuse(f"{epochs} epochs of {steps_per_epoch} steps: a schedule needs at least one of each")
     f = SCHEDULES.find(section.get('name', 'Const'), section, 'name')
-    own = _own_keys(section, f)
-    _check_sensible(section, own, steps_per_epoch)
+    trying,own,n = Trying(),{},0
+    with trying(): own = _own_keys(section, f)
+    with trying(): _check_sensible(section, own, steps_per_epoch)
+    with trying():
+        if 'name' in section: n = round(section.read('warmup_epoch', float, 0., least=0)*steps_per_epoch)
+    trying.done()
     schedule = partial(f, epochs=epochs, per_epoch=steps_per_epoch, **own)
-    n = round(section.read('warmup_epoch', float, 0., least=0)*steps_per_epoch) if 'name' in section else 0
     return partial(warmed_up, n=n, peak=_peak(own), f=schedule) if n else schedule
 
 def _peak(own): return own.get('learning_rate', own.get('max_lr', own.get('values', [0.])[0]))
@@ -56,22 +59,36 @@ def _peak(own): return own.get('learning_rate', own.get('max_lr', own.get('value
 # %% ../../nbs/config/07_optimizer.ipynb #cf8b16cc
 def _own_keys(section, f):
     "The keys of a schedule, numbers all"
-    takes = [k for k in parameters(f) if k not in RUN_KEYS]
+    takes,trying,own,numbers = [k for k in parameters(f) if k not in RUN_KEYS],Trying(),{},{}
+    with trying(): _check_keys(section, takes)
+    skip = [k for k in section.values if k not in takes]
+    with trying(): own = arguments(f, section, skip, **dict.fromkeys(RUN_KEYS))
+    words = [k for k,p in parameters(f).items() if p.annotation in (bool,str)]
+    for k,v in own.items():
+        with trying():
+            if k not in RUN_KEYS: numbers[k] = v if k in words else _numbers(section, k, v)
+    trying.done()
+    return numbers
+
+def _check_keys(section, takes):
     others = {k for g in SCHEDULES.values() for k in parameters(g)} | {'warmup_epoch'}
+    trying = Trying()
     for k in section.values:
         if k in (*takes, 'name', *LR_IGNORED) or (k=='warmup_epoch' and 'name' in section): continue
-        if k not in others: raise section.unknown('key', k, [*takes, 'name', 'warmup_epoch'], k)
-        warnings.warn(f"{section.place(k)} has no effect here, as in PaddleOCR")
-    skip = [k for k in section.values if k not in takes]
-    own = arguments(f, section, skip, **dict.fromkeys(RUN_KEYS))
-    words = [k for k,p in parameters(f).items() if p.annotation in (bool,str)]
-    return {k: v if k in words else _numbers(section, k, v) for k,v in own.items() if k not in RUN_KEYS}
+        with trying():
+            if k not in others: raise section.unknown('key', k, [*takes, 'name', 'warmup_epoch'], k)
+            warnings.warn(f"{section.place(k)} has no effect here, as in PaddleOCR")
+    trying.done()
 
 def _numbers(section, key, value):
     "A rate or a list of rates: none is negative"
     if not isinstance(value, (list,tuple)): return float(section.read(key, float, least=0))
     if not value: raise section.refuse(f"a list of numbers is wanted, not {value!r}", key)
-    return [_rate(section, v, key, i) for i,v in enumerate(value)]
+    rates,trying = [],Trying()
+    for i,v in enumerate(value):
+        with trying(): rates.append(_rate(section, v, key, i))
+    trying.done()
+    return rates
 
 def _rate(section, value, *keys):
     with section.blame(*keys): return float(as_kind(value, float, least=0))
@@ -138,12 +155,14 @@ def build_optimizer(
     optimizer, # The section `Optimizer`, or a dict like it
 )->dict: # opt_func, groups and cbs, as `distill_learner` takes them
     "The optimiser that a configuration names"
-    section = as_section(optimizer, 'Optimizer')
-    opt = _optimizer_of(section)
-    kind,factor = decay_of(section)
+    section,trying = as_section(optimizer, 'Optimizer'),Trying()
+    with trying(): opt = _optimizer_of(section)
+    with trying(): kind,factor = decay_of(section)
+    with trying(): clipping = _clipping(section)
+    trying.done()
     opt_func = partial(OptimWrapper, opt=opt, weight_decay=0. if kind=='L1' else factor)
     return dict(opt_func=opt_func, groups=_groups(section, kind, factor),
-        cbs=_clipping(section) + _own_decay(kind, factor))
+        cbs=clipping + _own_decay(kind, factor))
 
 def _groups(section, kind, factor):
     "The parameters by coefficient of decay"

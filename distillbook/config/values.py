@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'MOST_VALUES', 'DEEPEST', 'log', 'REQUIRED', 'wanted', 'as_k
            'parsed', 'Config', 'spot_of', 'place_of', 'Section', 'Refusals', 'Trying']
 
 # %% ../../nbs/config/01_values.ipynb #4fcfd071
-import logging
+import logging, shlex
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -243,6 +243,11 @@ def names(self:Section, key:str, default=REQUIRED)->list:
     return list(value)
 
 # %% ../../nbs/config/01_values.ipynb #b9429a35
+@patch
+def option(self:Section, key:str, value='')->str: # E.g. '-o Global.seed=1'
+    "What to write behind a command, so that a key has another value"
+    return '-o ' + shlex.quote(f"{'.'.join(map(str, (*self.path, key)))}={value}")
+
 @patch
 def section(self:Section, *keys):
     "A section in it, which has to be there"

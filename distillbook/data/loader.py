@@ -173,7 +173,8 @@ class SampleDL(DataLoader):
         self.pixel_columns = 0,0 # Of picture, and of all, in the epoch so far
         if len(self): return
         shares = f' in each of {part[1]} parts' if part[1]>1 else ''
-        raise UserError(f"{len(dataset)} lines, fewer than one batch of {bs}{shares}")
+        raise UserError(f"{len(dataset)} lines, fewer than one batch of {bs}{shares}, "
+            "and drop_last leaves nothing to train on: take smaller batches, or keep the last one")
 
 # %% ../../nbs/data/04_loader.ipynb #473afd9d
 @patch

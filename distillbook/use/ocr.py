@@ -7,8 +7,8 @@ Docs: https://distillbook.github.io/distillbook/use/ocr.html.md"""
 # %% auto #0
 __all__ = ['log', 'IMAGENET', 'PIECE', 'OVERLAP', 'LARGE', 'BEST', 'DEJAVU', 'CJK', 'OcrModel', 'page_scale', 'pieces',
            'page_map', 'is_strip', 'on_a_sheet', 'box_heights', 'find_lines', 'page_slope', 'order_boxes', 'crop_line',
-           'read_lines', 'Direction', 'quarter_turns', 'turned_back', 'Line', 'Reader', 'as_image', 'to_json',
-           'characters_in', 'font_with', 'draw_page']
+           'read_lines', 'Direction', 'quarter_turns', 'turned_back', 'generation', 'Line', 'Reader', 'as_image',
+           'to_json', 'characters_in', 'font_with', 'draw_page']
 
 # %% ../../nbs/use/07_ocr.ipynb #376d5b6d
 import cv2, logging, math, numpy as np, torch
@@ -22,12 +22,12 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 from torch import nn
-from ..core import UserError
+from ..core import UserError, unknown
 from ..det.boxes import DBPostProcess
 from .export import inference_net, open_onnx
 from ..rec.decode import ctc_decode
 from ..rec.labels import Alphabet
-from .released import teacher_file
+from .released import TEACHERS, teacher_file
 from .teachers import TASK_NAMES
 from ..data.pictures import over_paper, picture_from, read_picture
 from ..data.render import font_files
@@ -380,6 +380,16 @@ def turned_back(
     x,y = boxes[...,0],boxes[...,1]
     before = [(x,y), (w-y,x), (w-x,h-y), (y,h-x)][k]
     return np.stack(before, -1).astype(np.float32)
+
+# %% ../../nbs/use/07_ocr.ipynb #generations2
+def generation(
+    name:str, # E.g. 'v4'
+)->dict: # Names from `TEACHERS` for 'det' and 'rec'
+    "The detector and the recogniser that were released together"
+    names = {task: f'PP-OCR{name}_{task}' for task in ('det','rec')}
+    if set(names.values()) <= set(TEACHERS): return names
+    released = [o[6:-4] for o in TEACHERS if o.endswith('_det') and f'{o[:-4]}_rec' in TEACHERS]
+    raise unknown('generation of PP-OCR', name, released)
 
 # %% ../../nbs/use/07_ocr.ipynb #eaa0fdb7
 class Line(NamedTuple):
