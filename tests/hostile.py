@@ -256,7 +256,8 @@ def command(*args):
     if args[0]=='check' and r.exit_code==1 and r.stdout.strip(): return 1 # What is refused is its result
     assert isinstance(r.exception, SystemExit), f'{args}: {r.exception!r}'
     said = [l for l in r.stderr.strip().splitlines() if l.startswith('distillbook: ')]
-    assert r.exit_code in (1,2,130) and (len(said)==1 and said[0]==printable(said[0]) and len(said[0])<1300 or 'Usage:' in r.stderr), f'{args}: status {r.exit_code}: {r.stderr[-500:]}'
+    one = len(said)==1 or (said and r.exit_code==1) # Of several pictures each that is broken is named
+    assert r.exit_code in (1,2,130) and (one and all(l==printable(l) and len(l)<1300 for l in said) or 'Usage:' in r.stderr), f'{args}: status {r.exit_code}: {r.stderr[-500:]}'
     return r.exit_code
 
 @kind
