@@ -6,6 +6,8 @@ from torch import nn
 from distillbook.cache import Answers, CachedNet
 from distillbook.checkpoint import load_file
 from distillbook.config import build_decoder, build_loss, build_metric, build_set, experiment, load_config
+from distillbook.config.assembly import outline
+from distillbook.config.checker import report
 from distillbook.config.data import build_operation, eval_sides
 from distillbook.config.networks import build_networks, net_names
 from distillbook.config.optimizer import build_optimizer, lr_schedule
@@ -170,6 +172,15 @@ def networks(rng, sound):
     sound.new('.yml').write_text(yaml.dump(tree, sort_keys=False, allow_unicode=True))
     told(lambda: build_networks(load_config(sound.folder/'spoilt.yml')))
 
+@kind
+def checks(rng, sound):
+    "All that is wrong with a configuration, named; and its outline"
+    path = sound.new('.yml')
+    if rng.random()<.8: path.write_text(yaml.dump(mangled(rng, sound.tree), sort_keys=False, allow_unicode=True))
+    else: path.write_bytes(spoilt(rng, (sound.folder/'sound.yml').read_bytes(), PIECES))
+    for o in report(path)['refusals']: assert 3<len(o['message'])<1300 and o['message']==printable(o['message']), ascii(o)
+    told(lambda: outline(load_config(path)))
+
 KEYS = ['Global','Architecture','Models','Student','Loss','loss_config_list','0','-1','9'*20,'9'*5000,'²','٣','Train','dataset','transforms','lr','Optimizer','','x','y','seed','epoch_num','channels','Term','on']
 @kind
 def overrides(rng, sound):
@@ -245,7 +256,8 @@ def command(*args):
     if args[0]=='check' and r.exit_code==1 and r.stdout.strip(): return 1 # What is refused is its result
     assert isinstance(r.exception, SystemExit), f'{args}: {r.exception!r}'
     said = [l for l in r.stderr.strip().splitlines() if l.startswith('distillbook: ')]
-    assert r.exit_code in (1,2,130) and (len(said)==1 and said[0]==printable(said[0]) and len(said[0])<1300 or 'Usage:' in r.stderr), f'{args}: status {r.exit_code}: {r.stderr[-500:]}'
+    one = len(said)==1 or (said and r.exit_code==1) # Of several pictures each that is broken is named
+    assert r.exit_code in (1,2,130) and (one and all(l==printable(l) and len(l)<1300 for l in said) or 'Usage:' in r.stderr), f'{args}: status {r.exit_code}: {r.stderr[-500:]}'
     return r.exit_code
 
 @kind
@@ -254,7 +266,7 @@ def places_to_write(rng, sound):
     place,run = odd_place(rng, sound, rng.choice(['', '.pth', '.pdparams', '.safetensors', '.png', '.txt'])),sound.folder/'run'
     named = f"{place}{rng.choice(['', '.pth', '.pdparams', '.safetensors', '.png', '/x.png', '/x.pth'])}"
     commands = [['extract', run, '--net', 'Student', '-o', named], ['extract', run, '--net', text(rng), '-o', named], ['compare', run, '--draw', named], ['compare', place], ['summary', '--run', run, '--draw', named], ['render', rng.choice(['rec','det']), '-n', 1, '--val', 1, '-o', place if str(place) not in ('', ' ', '.', '~', '*', '?') else '/proc/x'],
-        ['predict', '--run', run, place], ['predict', '-c', run/'config.yml', '-o', f'Global.pretrained_model={run}/best_accuracy', f'Global.save_res_path={named}', '--', sound.folder/'lines/0.png'], ['check', place], ['train', '-c', sound.folder/'sound.yml', '-o', f'Global.save_model_dir={rng.choice(UNWRITABLE)}']]
+        ['predict', '--run', run, place], ['predict', '-c', run/'config.yml', '-o', f'Global.pretrained_model={run}/best_accuracy', f'Global.save_res_path={named}', '--', sound.folder/'lines/0.png'], ['check', place if str(place) not in ('', ' ', '.', '..', '/', '~', '*', '?') else 'none'], ['train', '-c', sound.folder/'sound.yml', '-o', f'Global.save_model_dir={rng.choice(UNWRITABLE)}']]
     command(*rng.choice(commands))
 
 UNWRITABLE = '/dev/null', '/dev/null/x', '/proc/x', '/sys/x', '/dev/full', 'x'*300

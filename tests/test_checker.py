@@ -211,3 +211,9 @@ def test_command(tmp_path):
     (tmp_path/'empty').mkdir()
     r = run('check', tmp_path/'empty')
     assert r.exit_code==2 and 'no .yml or .yaml in this folder' in r.stderr
+
+@pytest.mark.parametrize('change,says', [('Global=5', 'a section Global is wanted'), ('Architecture=', 'a section Architecture is wanted'), ('Architecture=7', 'a section Architecture is wanted'), ('Architecture.Models=3', 'networks with names are wanted'), ('Train.dataset.transforms.3.RecResizeImg.image_shape=5', 'image_shape'), ('Train.dataset.transforms.3.RecResizeImg.image_shape=[3,[4],64]', 'image_shape'), ('Train=7', 'Train')])
+def test_what_is_no_section_is_a_refusal(change, says):
+    "Where everything else would be built of it, nothing else is tried"
+    found = report('rec/ppocrv3_distillation', [change])['refusals']
+    assert any(says in o['message'] for o in found), found

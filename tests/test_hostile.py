@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 import hostile
 
-COSTLY = dict(states=3, onnx=5, networks=8, labels=10, pages=10, values=15, kept=10, places_to_read=12, places_to_write=6)
+COSTLY = dict(states=3, onnx=5, networks=8, labels=10, pages=10, values=15, checks=10, kept=10, places_to_read=12, places_to_write=6)
 
 @pytest.fixture(scope='module')
 def sound(tmp_path_factory):

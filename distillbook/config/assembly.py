@@ -474,8 +474,8 @@ def outline(
 )->Experiment: # With a made batch as `example`, and no data
     "Networks and terms, to be looked at"
     config = usable(config)
-    arch = _without_cache(config['Architecture'])
-    whole = Config(config).copy_with(Global={**config['Global'], 'pretrained_model': None}, Architecture=arch)
+    g,arch = Section(config).section('Global').values,_without_cache(config['Architecture'])
+    whole = Config(config).copy_with(Global={**g, 'pretrained_model': None}, Architecture=arch)
     nets = as_nets(with_means(config, build_model(whole)))
     exp = Experiment(nets=nets, terms=build_terms(config), dls=None, sources=sources_of(config),
         example=example_batch(config))
@@ -493,9 +493,15 @@ def _operation_value(config, names, key, default):
 
 def _picture_shape(config):
     if task(config)=='rec':
-        return tuple(_operation_value(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320)))
-    height,width = _operation_value(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
-    return 3,int(height),int(width)
+        return _pixels(config, ('RecResizeImg','SVTRRecResizeImg'), 'image_shape', (3,48,320))
+    return 3,*_pixels(config, ('EastRandomCropData','RandomCrop'), 'size', (640,640))
+
+def _pixels(config, names, key, default):
+    "Sizes of an operation, as many whole numbers as the default has"
+    sizes = _operation_value(config, names, key, default)
+    good = isinstance(sizes, (list,tuple)) and len(sizes)==len(default) and all(type(n) is int and n>0 for n in sizes)
+    if good: return tuple(sizes)
+    raise UserError(f"{names[0]}: {key}: numbers of pixels are wanted, as in {list(default)}, not {sizes!r}")
 
 # %% ../../nbs/config/09_assembly.ipynb #cd5c1e2d
 def example_batch(

@@ -18,7 +18,7 @@ from .data import build_operations, eval_sides, loader_settings, source_argument
 from .evaluation import build_decoder, build_metric
 from .files import check, read_config
 from .losses import build_terms
-from .networks import _is_there, build_networks, folder_of, left_behind, own_weights
+from .networks import _is_there, build_networks, folder_of, left_behind, net_names, own_weights
 from .optimizer import build_optimizer, lr_schedule
 from .values import Config, Section, Trying
 from ..core import UserError
@@ -127,11 +127,14 @@ def refusals(
 )->list: # Of `UserError`, in the order of the file; empty if it can be trained, given its files
     "Everything in a configuration that is refused"
     trying = Trying()
-    with trying(): config = _with_characters(fresh(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        for build in _parts(config):
-            with trying(): build()
+    for needed in (lambda: Section(config).section('Global'), lambda: net_names(config)):
+        with trying(): needed() # Without these nothing can be built
+    if not trying.each:
+        with trying(): config = _with_characters(fresh(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            for build in _parts(config):
+                with trying(): build()
     once = {str(e): e for e in trying.each}
     return sorted(once.values(), key=lambda e: getattr(e, 'spot', ('',None,''))[1] or 0)
 
@@ -158,7 +161,9 @@ def report(
     try: config = read_config(path, overrides)
     except UserError as e: return dict(file=str(path), refusals=[_row(e)], missing={}, weights={})
     found = refusals(config)
-    try: missing,weights = missing_files(config),weights_wanted(config)
+    try:
+        net_names(config)
+        missing,weights = missing_files(config),weights_wanted(config)
     except UserError: missing,weights = {},{}
     return dict(file=config.path, refusals=list(map(_row, found)), missing=missing, weights=weights)
 
