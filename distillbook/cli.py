@@ -327,7 +327,7 @@ def _table_of_boxes(rows):
 def extract(ctx:typer.Context,
     source:Path=typer.Argument(..., metavar='RUN_OR_CKPT',
         help="A run's folder, or a file of weights: .pth, .pdparams, .safetensors"),
-    net:str=typer.Option('Student', '--net', help='Which network'),
+    net:str=typer.Option(None, '--net', help='Which network; default: the mean that was measured, or Student'),
     out:Path=typer.Option(..., '-o', '--out', metavar='FILE', help='Where to: .safetensors, .pth or .pdparams'),
     config:Path=CONFIG, trust:list[str]=TRUST):
     """Take one network's weights out of a run or a checkpoint.
@@ -340,21 +340,31 @@ def extract(ctx:typer.Context,
         from distillbook.use.weights import extract, save_weights
         if out.suffix not in ('.safetensors','.pth','.pt','.pdparams'):
             raise UserError(f"{out}: a file of weights ends with .safetensors, .pth or .pdparams")
+        net = net or _net_to_take(source, config)
         state = extract(source, net)
         save_weights(state, out, like=_like(source, net, config) if out.suffix=='.pdparams' else None)
         say(f"{len(state)} tensors, {sum(v.numel() for v in state.values()):,} numbers, in {out}")
 
+def _config_beside(source, config):
+    near = [config, source/'config.yml', source.parent/'config.yml']
+    return next((p for p in near if p is not None and os.path.exists(p)), None)
+
+def _net_to_take(source, config):
+    file = _config_beside(source, config)
+    if file is None: return 'Student'
+    from distillbook.config.evaluation import net_to_take
+    return net_to_take(load(file, None, []))
+
 def _like(source, net, config):
     "The network whose weights these are, if its configuration is at hand"
-    near = [config, source/'config.yml', source.parent/'config.yml']
-    file = next((p for p in near if p is not None and os.path.exists(p)), None)
+    file = _config_beside(source, config)
     if file is None: return None
     from distillbook.config.networks import build_networks
     model = build_networks(load(file, None, []), load=())
     return model[net] if hasattr(model, 'names') else model
 
 # %% ../nbs/use/08_cli.ipynb #35f05183
-NET_HELP = ("Which network, default Student, or the only one; 'all': every one; "
+NET_HELP = ("Which network; default: the mean that was measured, or Student, or the only one; 'all': every one; "
     "several, with commas between: see --ensemble")
 
 @app.command(**MORE)
@@ -381,18 +391,18 @@ def export(ctx:typer.Context, run:Path=RUN, config:Path=CONFIG, override:list[st
 
 def _exported(cfg, run, net, to, out, ensemble):
     from distillbook.config.assembly import ready_networks
+    from distillbook.config.evaluation import net_to_take
     from distillbook.use.export import export_trained
     from distillbook.use.results import trained
     exp = ready_networks(cfg)
     folder = out or Path(cfg['Global'].get('save_inference_dir') or (run or exp.run.folder)/'inference')
     ready = trained(exp)
-    net = net or ('Student' if len(ready.nets)>1 else next(iter(ready.nets)))
-    return export_trained(ready, net, to, folder, ensemble)
+    return export_trained(ready, net or net_to_take(cfg), to, folder, ensemble)
 
 # %% ../nbs/use/08_cli.ipynb #164d8477
 @app.command()
 def read(images:list[str]=typer.Argument(..., metavar='IMAGE...', help='Pictures of pages: files, folders or globs'),
-    models:str=typer.Option('v3', '--models', help="PaddleOCR's generation of both: v3, v4, v5 or v6"),
+    models:str=typer.Option('v3', '--models', help="PaddleOCR's generation of both: v3, v4, v5, v6 or v6_tiny"),
     det:str=typer.Option(None, '--det', help='Another detector: an .onnx file, or a name from `distillbook teachers`'),
     rec:str=typer.Option(None, '--rec', help='Another recogniser, likewise'),
     draw:Path=typer.Option(None, '--draw', metavar='OUT.png',

@@ -2,15 +2,14 @@
 import json
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.basics import Callback
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config import build_decoder, build_learner, build_loss, build_metric, build_model, load_config
-from distillbook.core import UserError
+from distillbook.config import build_decoder, build_loss, build_metric, build_model, load_config
 from distillbook.learner import distill_learner
 from distillbook.config import build_optimizer, build_terms, lr_schedule
 from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
+from golden_cases import Same, Watch
 from weights_formula import fill
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -44,25 +43,6 @@ def paddle_names(model):
         module,_,leaf = k.rpartition('.')
         flat = isinstance(model.get_submodule(module), nn.Linear) and v.ndim==2
         yield f"{module}.{dict(running_mean='_mean', running_var='_variance').get(leaf, leaf)}", tuple(v.shape[::-1] if flat else v.shape), k
-
-
-class Same:
-    "A loader that gives one batch again and again"
-    n_inp = 1
-    def __init__(self, batch, n): self.batch,self.n = batch,n
-    def __len__(self): return self.n
-    def __iter__(self): return iter([self.batch]*self.n)
-
-
-class Watch(Callback):
-    def before_fit(self): self.rows,self.lrs,self.norms = [],[],None
-    def after_loss(self):
-        if not self.training: return
-        if not self.rows: self.first = self.pred
-        self.rows.append({k: float(v) for k,v in self.learn.loss_func.parts.items()} | dict(loss=float(self.loss)))
-    def before_step(self):
-        self.lrs.append(self.opt.hypers[0]['lr'])
-        if self.norms is None: self.norms = {k: p.grad.double().norm().item() for k,p in self.model.named_parameters() if p.grad is not None}
 
 
 def get_at(o, path):

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from torch import nn
-from distillbook.config import build_decoder, build_loss, build_metric, build_model, load_config
+from distillbook.config import build_loss, build_model, load_config
 from distillbook.checkpoint import load_file
 from distillbook.core import UserError
 from distillbook.det.render import write_pages
@@ -13,7 +13,8 @@ from distillbook.learner import distill_learner
 from distillbook.config import build_optimizer, build_terms, lr_schedule
 from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
-from test_paddle import Same, Watch, load, near, paddle_names
+from golden_cases import Same, Watch
+from test_paddle import load, near, paddle_names
 from test_cli import inside
 from weights_formula import fill
 

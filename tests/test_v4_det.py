@@ -6,7 +6,7 @@ from fastai.data.core import DataLoaders
 from distillbook.config import build_loss, build_model, build_optimizer, build_terms, experiment, load_config, lr_schedule
 from distillbook.config.assembly import as_nets
 from distillbook.core import UserError
-from distillbook.det.losses import db_cbn, db_parts, dkd_maps, kl_maps
+from distillbook.det.losses import db_parts, dkd_maps
 from distillbook.det.neck import IntraCL, LKPAN, RSEFPN
 from distillbook.det.nets import DBHead, PFHeadLocal
 from distillbook.layers import paddle_batchnorm
@@ -20,7 +20,8 @@ from distillbook.use.released import teacher_file
 from distillbook.use.teachers import onnx_session
 from distillbook.use.training import train
 from distillbook.use.weights import load_paddle, onnx_weights
-from test_paddle import Same, Watch, load, near, paddle_names
+from golden_cases import Same, Watch
+from test_paddle import load, near, paddle_names
 from test_paddle_det import MAPS, NoValidation, in_training, loss_cfg, overrides, pages
 from weights_formula import fill4
 

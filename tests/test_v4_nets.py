@@ -5,29 +5,24 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from distillbook.backbones import PPHGNet_small, PPLCNetV3, to_columns
+from distillbook.backbones import PPHGNet_small, PPLCNetV3
 from distillbook.cache import folded
 from distillbook.core import UserError
 from distillbook.layers import paddle_batchnorm
 from distillbook.optim import own_l2
 from distillbook.rec.neck import EncoderWithSVTR, SequenceEncoder
-from distillbook.rec.nets import CTCHead, MultiHead, RecModel, ppocrv4_rec
+from distillbook.rec.nets import CTCHead, MultiHead, RecModel
 from distillbook.rec.nrtr import NRTRHead
 from distillbook.rec.svtrnet import DropPath, SVTRNet
 from distillbook.reparam import RepLayer, calibrate, fuse
 from distillbook.schedules import own_lr
 from distillbook.use.weights import load_paddle
+from golden_cases import close, ours, part
 from weights_formula import fill4
 
 GOLDEN = Path(__file__).parent/'golden'
-LEAVES = dict(_mean='running_mean', _variance='running_var')
 Z = np.load(GOLDEN/'modules_v4_rec.npz')
 
-
-def ours(name):
-    "PaddleOCR's name of a parameter or buffer -> the name in our state_dict"
-    head,dot,leaf = name.rpartition('.')
-    return f'{head}{dot}{LEAVES.get(leaf, leaf)}'
 
 def meta(case): return json.loads(str(Z[f'{case}|meta']))
 
@@ -74,13 +69,6 @@ def inputs(case):
 def named_outputs(y):
     if isinstance(y, dict): return {f'y.{k}': v for k,v in y.items()}
     return {f'y{i}': o for i,o in enumerate(y)} if isinstance(y, (list,tuple)) else dict(y=y)
-
-def part(m, key, value, kind='stored_part'):
-    where = m.get(kind, {})
-    where = where.get(key) if isinstance(where, dict) else where
-    return eval(f'value{where}') if where else value
-
-def close(a, b, rel): np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=rel*max(np.abs(b).max(), 1e-9))
 
 def answer(net, x, targets):
     if isinstance(net, NRTRHead): return net(x, targets) if targets else net(x)

@@ -9,7 +9,7 @@ from distillbook.config import build_decoder, build_loss, build_metric, build_mo
 from distillbook.core import UserError
 from distillbook.learner import distill_learner
 from distillbook.rec.decode import NRTRDecoder, nrtr_decode
-from distillbook.rec.labels import Alphabet, NRTRClasses, SARClasses, multi_label, nrtr_label, read_characters
+from distillbook.rec.labels import NRTRClasses, SARClasses, multi_label, nrtr_label
 from distillbook.rec.operations import MultiLabelEncode, NRTRLabelEncode
 from distillbook.schedules import FollowSchedule
 from distillbook.use.weights import load_paddle
@@ -17,11 +17,12 @@ from distillbook.config.networks import say_once
 from distillbook.data.render import font_files
 from distillbook.rec.nets import ppocrv4_rec
 from distillbook.rec.render import fit_line, make_words, render_word, render_words
-from distillbook.use.fused import load_fused, made_pictures
+from distillbook.use.fused import load_fused
 from distillbook.use.released import TEACHERS, teacher_file
 from distillbook.use.teachers import load_teacher, onnx_session
 from distillbook.use.training import train
 from distillbook.use.weights import load_weights
+from golden_cases import Same, Watch, learns
 from weights_formula import fill4
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -148,21 +149,6 @@ def test_logits_of_different_length():
 
 
 # %% the whole model, four steps
-class Same:
-    n_inp = 1
-    def __init__(self, batch, n): self.batch,self.n = batch,n
-    def __len__(self): return self.n
-    def __iter__(self): return iter([self.batch]*self.n)
-
-class Watch(Callback):
-    def before_fit(self): self.rows,self.lrs,self.norms = [],[],None
-    def after_loss(self):
-        if not self.training: return
-        if not self.rows: self.first = self.pred
-        self.rows.append({k: float(v) for k,v in self.learn.loss_func.parts.items()} | dict(loss=float(self.loss)))
-    def before_step(self):
-        self.lrs.append(max(h['lr'] for h in self.opt.hypers))
-        if self.norms is None: self.norms = {k: p.grad.double().norm().item() for k,p in self.model.named_parameters() if p.grad is not None}
 
 class NoValidation(Callback):
     "In it the teacher that is held in training mode would move its statistics"
@@ -333,13 +319,7 @@ def test_the_released_recogniser_is_a_network_that_trains(released, fused):
     with torch.no_grad():
         assert (net.eval()(x).softmax(-1)-want).abs().max()<1e-4
         assert fused or (net.train()(x).softmax(-1)-want).abs().max()<1e-2
-    opt,losses,other = torch.optim.Adam(net.parameters(), 1e-4),[],want.argmax(-1)+1 # the class behind the right one: something to learn
-    for _ in range(2):
-        losses.append(nn.functional.cross_entropy(net.train()(x).flatten(0,1), other.flatten()))
-        losses[-1].backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.parameters())
-        opt.step()
-    assert losses[1]<losses[0]
+    learns(net, x, want.argmax(-1)+1) # The class behind the right one: something to learn
 
 def test_released_weights_by_name(released, tmp_path, caplog):
     file,x,want = released

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from distillbook.config import build_model, load_config
+from distillbook.config import build_model
 from distillbook.config.networks import build_det
 from distillbook.core import UserError
 from distillbook.det.nets import DetModel
@@ -24,17 +24,12 @@ from distillbook.schedules import own_lr
 from distillbook.use.export import export_onnx
 from distillbook.use.weights import load_paddle
 from distillbook.backbones import PPLCNetV3
+from golden_cases import close, ours, part
 from weights_formula import fill4
 
 GOLDEN = Path(__file__).parent/'golden'
-LEAVES = dict(_mean='running_mean', _variance='running_var')
 Z = np.load(GOLDEN/'modules_v5.npz')
 
-
-def ours(name):
-    "PaddleOCR's name of a parameter or buffer -> the name in our state_dict"
-    head,dot,leaf = name.rpartition('.')
-    return f'{head}{dot}{LEAVES.get(leaf, leaf)}'
 
 def meta(case): return json.loads(str(Z[f'{case}|meta']))
 
@@ -81,13 +76,6 @@ def named_outputs(net, y):
     return {f'y{i}': o for i,o in enumerate(y)} if isinstance(y, (list,tuple)) else dict(y=y)
 
 def answer(net, x, data): return named_outputs(net, net(x, data) if data else net(x))
-
-def part(m, key, value, kind='stored_part'):
-    where = m.get(kind, {})
-    where = where.get(key) if isinstance(where, dict) else where
-    return eval(f'value{where}') if where else value
-
-def close(a, b, rel): np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=rel*max(np.abs(b).max(), 1e-9))
 
 CASES = [k[:-5] for k in Z.files if k.endswith('|meta') and not k.endswith('/deploy|meta')]
 

@@ -18,6 +18,7 @@ from distillbook.use.released import TEACHERS, teacher_file
 from distillbook.use.teachers import load_teacher, onnx_session
 from distillbook.use.training import train
 from distillbook.use.weights import load_weights
+from golden_cases import learns
 from test_paddle_det import overrides, pages
 from test_v4_rec import words
 
@@ -98,13 +99,7 @@ def test_the_released_recogniser_is_a_network_that_trains(released, fused):
     with torch.no_grad():
         assert (net.eval()(x).softmax(-1)-want).abs().max()<1e-4
         assert fused or (net.train()(x).softmax(-1)-want).abs().max()<1e-2
-    opt,losses,other = torch.optim.Adam(net.parameters(), 1e-4),[],want.argmax(-1)+1 # the class behind the right one: something to learn
-    for _ in range(2):
-        losses.append(nn.functional.cross_entropy(net.train()(x).flatten(0,1), other.flatten()))
-        losses[-1].backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.head.parameters())
-        opt.step()
-    assert losses[1]<losses[0]
+    learns(net, x, want.argmax(-1)+1) # The class behind the right one: something to learn
 
 def test_released_weights_by_name(released, caplog):
     file,x,want = released

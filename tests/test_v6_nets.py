@@ -7,7 +7,6 @@ from torch import nn
 
 from distillbook.backbones import PPLCNetV3
 from distillbook.config import build_loss
-from distillbook.config.assembly import as_nets
 from distillbook.config.networks import build_det, build_rec
 from distillbook.core import UserError
 from distillbook.det.losses import dice_focal, masked_focal
@@ -23,6 +22,7 @@ from distillbook.reparam import Branched, calibrate, fuse
 from distillbook.schedules import own_lr
 from distillbook.use.weights import load_paddle
 from test_paddle import paddle_names
+from golden_cases import close, part
 from weights_formula import fill, fill4
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -80,13 +80,6 @@ def outputs(net, xs, data, mode):
     if isinstance(net, CTCHead) and mode=='eval': y = y.softmax(-1)
     if isinstance(y, dict): return {f'y.{k}': v for k,v in y.items()}
     return {f'y{i}': o for i,o in enumerate(y)} if isinstance(y, (list,tuple)) else dict(y=y)
-
-def part(m, key, value, kind='stored_part'):
-    where = m.get(kind, {})
-    where = where.get(key) if isinstance(where, dict) else where
-    return eval(f'value{where}') if where else value
-
-def close(a, b, rel): np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=rel*max(np.abs(b).max(), 1e-9))
 
 # In evaluation 1e-5 of the largest number, but where a steep sigmoid or a softmax of random weights stands behind
 ROUGH = dict(v6_tiny_det_narrow=1e-4)

@@ -28,7 +28,7 @@ from ..nets import Nets
 
 # %% ../../nbs/config/09_assembly.ipynb #6144596a
 from .data import build_dl, build_evals, eval_sides, picture_operations
-from .evaluation import build_decoder, build_metric, turns_round
+from .evaluation import build_decoder, build_metric, measured_net, turns_round
 from .losses import build_terms, target_places
 from .networks import build_model, build_networks, characters, dictionary, ema_names, existing, folder_of
 from .networks import _is_there, left_behind, load_into, net_names, own_weights, task
@@ -441,8 +441,10 @@ def ready_networks(
     decoder = build_decoder(config)
     metric = build_metric(config) if evals else None
     eval_sets = build_evals(config) if evals else {}
-    return Experiment(nets=as_nets(model), terms=[], dls=None, decoder=decoder, metric=metric, evals=eval_sets, run=run,
+    exp = Experiment(nets=as_nets(model), terms=[], dls=None, decoder=decoder, metric=metric, evals=eval_sets, run=run,
         pictures=picture_settings(config), sources=sources_of(config), measured=_measured(run.resume))
+    exp.metric.key = measured_net(config) or exp.metric.key
+    return exp
 
 def _weights_path(g):
     path = g.get('checkpoints') or g.get('pretrained_model')

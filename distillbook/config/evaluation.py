@@ -6,7 +6,8 @@ Docs: https://distillbook.github.io/distillbook/config/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['POST_KEYS', 'POST_IGNORED', 'METRIC_KEYS', 'PREFIX', 'decoder_of', 'turns_round', 'given_by_characters',
-           'decoded_nets', 'build_decoder', 'head_output', 'check_evaluation_keys', 'build_metric']
+           'decoded_nets', 'build_decoder', 'head_output', 'check_evaluation_keys', 'build_metric', 'measured_net',
+           'net_to_take']
 
 # %% ../../nbs/config/06_evaluation.ipynb #e532fcca
 from .networks import all_names, characters, ema_names, net_names, task
@@ -181,3 +182,18 @@ def _metric_given(config, cls):
     given = given_by_characters(config, cls)
     if 'eps' in parameters(cls): given['eps'] = 1e-5 # PaddleOCR's, so that no accuracy is ever quite 1
     return given
+
+# %% ../../nbs/config/06_evaluation.ipynb #whichnet2
+def measured_net(
+    config:dict, # The whole configuration
+)->str: # None: the only one, and it has no name
+    "The network whose numbers stand without a name, and which keeps the best state"
+    return _metric_net(config, Section(config).maybe('Metric'))
+
+def net_to_take(
+    config:dict, # The whole configuration
+)->str:
+    "The network that is taken out of a run unless another is named: the mean that was measured, or the student"
+    measured,means,names = measured_net(config),ema_names(config),all_names(config)
+    if measured in means: return measured
+    return 'Student' if 'Student' in names else measured or names[0]

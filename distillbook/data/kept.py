@@ -190,7 +190,8 @@ def keep_pictures(
     if not _is_sound(path, len(every)): _write_pictures(every, ops, path, gb)
     return KeptPictures(source, ops, path)
 
-NOT_SOUND = OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError
+NOT_SOUND = (OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, NotImplementedError, zipfile.BadZipFile,
+    zlib.error, MemoryError) # What numpy and zipfile raise for files that were spoilt
 
 def _is_sound(path, n):
     "Are the files there, and as they were written? What was cut or spoilt is made anew"

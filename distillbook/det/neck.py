@@ -6,7 +6,7 @@ Docs: https://distillbook.github.io/distillbook/det/neck.html.md"""
 
 # %% auto #0
 __all__ = ['NECKS', 'top_down', 'stack_maps', 'bare_conv', 'four_channels', 'DBFPN', 'biased_conv', 'IntraCL', 'add_intracl',
-           'run_intracl', 'RSELayer', 'each_from_the_coarsest', 'RSEFPN', 'DSConv', 'LKPAN']
+           'run_intracl', 'RSELayer', 'each_from_the_coarsest', 'RSEFPN', 'DSConv', 'add_paths', 'run_paths', 'LKPAN']
 
 # %% ../../nbs/det/06_neck.ipynb #37e7c6a7
 import torch, torch.nn.functional as F
@@ -174,6 +174,31 @@ class DSConv(nn.Module):
         y = self.conv3(F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x))))))
         return y + self.conv_end(x) if hasattr(self, 'conv_end') else y
 
+# %% ../../nbs/det/06_neck.ipynb #panpaths1
+def add_paths(
+    neck:nn.Module, # Gets the layers
+    in_channels:list, # Of the four maps, the finest first
+    out_channels:int, # A quarter from each map
+    large, # From channels in, channels out and kernel to a layer that sees far
+    intracl:bool=False, # See `IntraCL`
+):
+    "The layers of a pyramid that goes down and up again"
+    ns,nq = four_channels(in_channels, out_channels),out_channels//4
+    neck.out_channels = out_channels
+    neck.ins_conv = nn.ModuleList(bare_conv(ni, out_channels) for ni in ns)
+    neck.inp_conv = nn.ModuleList(large(out_channels, nq, 9) for _ in ns)
+    neck.pan_head_conv = nn.ModuleList(bare_conv(nq, nq, 3, stride=2) for _ in ns[1:])
+    neck.pan_lat_conv = nn.ModuleList(large(nq, nq, 9) for _ in ns)
+    if intracl: add_intracl(neck, nq)
+
+def run_paths(neck, maps):
+    "The sums on the way down, and the four levels after the way up"
+    sums = top_down([f(m) for f,m in zip(neck.ins_conv, maps)])
+    down = [f(m) for f,m in zip(neck.inp_conv, sums)]
+    up = [down[0]]
+    for f,m in zip(neck.pan_head_conv, down[1:]): up.append(m + f(up[-1]))
+    return sums, run_intracl(neck, [f(m) for f,m in zip(neck.pan_lat_conv, up)])
+
 # %% ../../nbs/det/06_neck.ipynb #5cf80137
 class LKPAN(nn.Module):
     "PP-OCRv3's neck for teachers: a pyramid with 9x9 kernels that goes down and up again"
@@ -186,22 +211,9 @@ class LKPAN(nn.Module):
         super().__init__()
         kinds = dict(large=bare_conv, lite=DSConv)
         if not isinstance(mode, str) or mode.lower() not in kinds: raise unknown('mode', mode, kinds)
-        large = kinds[mode.lower()]
-        ns = four_channels(in_channels, out_channels)
-        nq = out_channels//4
-        self.out_channels = out_channels
-        self.ins_conv = nn.ModuleList(bare_conv(ni, out_channels) for ni in ns)
-        self.inp_conv = nn.ModuleList(large(out_channels, nq, 9) for _ in ns)
-        self.pan_head_conv = nn.ModuleList(bare_conv(nq, nq, 3, stride=2) for _ in ns[1:])
-        self.pan_lat_conv = nn.ModuleList(large(nq, nq, 9) for _ in ns)
-        if intracl: add_intracl(self, nq)
+        add_paths(self, in_channels, out_channels, kinds[mode.lower()], intracl)
 
-    def forward(self, maps):
-        laterals = top_down([f(m) for f,m in zip(self.ins_conv, maps)])
-        down = [f(m) for f,m in zip(self.inp_conv, laterals)]
-        up = [down[0]]
-        for f,m in zip(self.pan_head_conv, down[1:]): up.append(m + f(up[-1]))
-        return stack_maps(run_intracl(self, [f(m) for f,m in zip(self.pan_lat_conv, up)]))
+    def forward(self, maps): return stack_maps(run_paths(self, maps)[1])
 
 # %% ../../nbs/det/06_neck.ipynb #3908233a
 NECKS = dict(DBFPN=DBFPN, RSEFPN=RSEFPN, LKPAN=LKPAN)

@@ -12,8 +12,8 @@ from torch import nn
 from ..core import UserError
 from ..reparam import Branched, as_kernel, centred, spread_over
 from .backbone import SE
-from .neck import RSELayer, add_intracl, bare_conv, each_from_the_coarsest, four_channels, run_intracl
-from .neck import stack_maps, top_down
+from .neck import RSELayer, add_intracl, add_paths, bare_conv, each_from_the_coarsest, four_channels
+from .neck import run_intracl, run_paths, stack_maps, top_down
 
 # %% ../../nbs/det/06b_replk.ipynb #f7f23730
 def with_holes(
@@ -116,18 +116,8 @@ class RepLKPAN(nn.Module):
         intracl:bool=False, # See `IntraCL`
     ):
         super().__init__()
-        ns,nq = four_channels(in_channels, out_channels),out_channels//4
-        self.out_channels = out_channels
-        self.ins_conv = nn.ModuleList(bare_conv(ni, out_channels) for ni in ns)
-        self.inp_conv = nn.ModuleList(LargeConv(out_channels, nq) for _ in ns)
-        self.pan_head_conv = nn.ModuleList(bare_conv(nq, nq, 3, stride=2) for _ in ns[1:])
-        self.pan_lat_conv = nn.ModuleList(LargeConv(nq, nq) for _ in ns)
-        if intracl: add_intracl(self, nq)
+        add_paths(self, in_channels, out_channels, LargeConv, intracl)
 
     def forward(self, maps):
-        sums = top_down([f(m) for f,m in zip(self.ins_conv, maps)])
-        down = [f(m) for f,m in zip(self.inp_conv, sums)]
-        up = [down[0]]
-        for f,m in zip(self.pan_head_conv, down[1:]): up.append(m + f(up[-1]))
-        levels = [f(m) for f,m in zip(self.pan_lat_conv, up)]
-        return whole_in_training(self, stack_maps(run_intracl(self, levels)), sums)
+        sums,levels = run_paths(self, maps)
+        return whole_in_training(self, stack_maps(levels), sums)

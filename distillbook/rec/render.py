@@ -10,7 +10,7 @@ __all__ = ['KEEP_LINES', 'LONGEST', 'vary_stroke', 'place_ink', 'shade', 'blur_a
            'read_image']
 
 # %% ../../nbs/rec/01_render.ipynb #aaf4f026
-import cv2, hashlib, json, math, random, zipfile
+import cv2, hashlib, json, math, random
 import numpy as np, torch
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from ..core import UserError, write_beside
 from .labels import Alphabet, encode_batch
+from ..data.kept import NOT_SOUND
 from ..data.pictures import read_picture
 from ..data.render import EDGE, draw_line, font_files, make_words
 
@@ -141,7 +142,7 @@ def _load_lines(path, key):
     try:
         with np.load(path) as z:
             if str(z['key']) == key: return Lines(z['images'], z['widths'], z['words'].tolist())
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile): return None
+    except NOT_SOUND: return None
 
 # %% ../../nbs/rec/01_render.ipynb #c9d430b8
 def spelled_words(

@@ -404,12 +404,12 @@ def _chosen(nets, names):
 def _to_write(ready, nets, ensemble):
     "Each network with what its file says of it"
     if not ensemble:
-        numbers = {n: {k: v for k,v in ready.metrics.items() if _is_of(k, n, ready.nets)} for n in nets}
+        main = ready.main or ('Student' if 'Student' in ready.nets else next(iter(ready.nets)))
+        numbers = {n: {k: v for k,v in ready.metrics.items() if _owner(k, ready.nets, main)==n} for n in nets}
         return {n: (net, dict(net=n, metrics=numbers[n])) for n,net in nets.items()}
     net = Ensemble(nets, ready.task) if ensemble=='outputs' else mean_weights(nets)
     return dict(Ensemble=(net, dict(net='Ensemble', metrics={}, mean_of=list(nets))))
 
-def _is_of(key, name, names):
-    "Is this a number of the net, with its name before it or no name at all?"
-    owner = next((n for n in sorted(names, key=len, reverse=True) if key.startswith(f'{n}_')), None)
-    return owner==name or owner is None and name in ('Student','Model')
+def _owner(key, names, main):
+    "The net whose number it is: its name stands before it, or none does"
+    return next((n for n in sorted(names, key=len, reverse=True) if key.startswith(f'{n}_')), main)

@@ -145,7 +145,7 @@ def on_a_sheet(
     h,w = image.shape[:2]
     short,long = sorted((h,w))
     if short>=128 and long<=8*short: return image,(0,0)
-    least = min(side, (12 if is_strip(h, w) else 4)*short)
+    least = min(side, max((12 if is_strip(h, w) else 4)*short, long//8))
     up,left = (max(0, -(-(least-n)//2)) for n in (h,w))
     edge = np.concatenate([image[0], image[-1], image[:,0], image[:,-1]])
     colour = np.median(edge, 0).tolist()
@@ -386,7 +386,7 @@ def generation(
     name:str, # E.g. 'v4'
 )->dict: # Names from `TEACHERS` for 'det' and 'rec'
     "The detector and the recogniser that were released together"
-    names = {task: f'PP-OCR{name}_{task}' for task in ('det','rec')}
+    names = {task: f'PP-OCR{name.lower()}_{task}' for task in ('det','rec')}
     if set(names.values()) <= set(TEACHERS): return names
     released = [o[6:-4] for o in TEACHERS if o.endswith('_det') and f'{o[:-4]}_rec' in TEACHERS]
     raise unknown('generation of PP-OCR', name, released)

@@ -137,6 +137,7 @@ class Trained(NamedTuple):
     metrics:dict # Of the state that was kept, e.g. acc; empty if nobody measured
     config:dict # It all came from
     width:int=None # To which recognisers have shorter lines padded, pixels
+    main:str=None # The network whose numbers have no name before them; None: Student, or the first
 
 def trained(
     exp:Experiment, # With trained networks
@@ -145,4 +146,5 @@ def trained(
     nets,p = exp.nets.to(device_for(exp.run)).eval(),exp.pictures
     metrics = {k: float(v) for k,v in exp.measured.items() if k!='fps' and isinstance(v, (int,float))}
     named = {n: nets[n] for n in nets.names}
-    return Trained(named, p.task, p.alphabet, p.shape, p.mean, p.std, metrics, exp.run.config or {}, p.width)
+    return Trained(named, p.task, p.alphabet, p.shape, p.mean, p.std, metrics, exp.run.config or {}, p.width,
+        exp.metric.key)
