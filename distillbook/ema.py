@@ -67,6 +67,8 @@ def follow(
     both = {**{n: nets[n] for n in nets.names}, **{m: copy.deepcopy(nets[n]) for m,n in means.items()}}
     res = type(nets)(both, [*nets.frozen, *means], bf16=nets.bf16)
     res.means = {**nets.means, **means}
+    res.tapped,res.keeps_batch = list(nets.tapped),nets.keeps_batch # What terms were connected with goes along
+    if '_projectors' in nets._modules: res._modules['_projectors'] = nets._modules['_projectors']
     return res
 
 # %% ../nbs/learning/06d_ema.ipynb #332e00ef
