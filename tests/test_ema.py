@@ -13,9 +13,9 @@ from distillbook.config.networks import all_names, ema_names
 from distillbook.core import UserError
 from distillbook.ema import EMA, KINDS, Shares, decay_at, follow
 from distillbook.learner import distill_learner
-from distillbook.losses import kd
+from distillbook.losses import distance, kd
 from distillbook.nets import Nets
-from distillbook.terms import Term
+from distillbook.terms import Term, Terms
 from distillbook.use.training import evaluate_sets, train
 from test_paddle_det import pages
 
@@ -162,3 +162,14 @@ def test_settings_that_are_none(key, value, says):
     if cfg is None:
         with pytest.raises(UserError, match='use_ema'): ema_names(dict(Global=dict(use_ema=value), Architecture={}))
     else: assert any(says in str(e) for e in refusals(cfg))
+
+
+def test_networks_that_are_connected_keep_their_projectors():
+    teacher,student,x = nn.Linear(4,8),nn.Linear(4,3),torch.randn(5,4)
+    nets = Nets(dict(Teacher=teacher, Student=student), frozen=['Teacher'])
+    loss = Terms(nets, [Term(distance, 'Student', 'Teacher', name='hint')])
+    loss.connect((x,))
+    more = follow(nets, dict(EMA='Student'))
+    assert set(nets.state_dict())<set(more.state_dict()) and more._modules['_projectors'] is nets._modules['_projectors']
+    want,loss.nets = loss(nets(x)),more
+    assert torch.equal(loss(more(x)), want)

@@ -93,10 +93,13 @@ def _check_run(config):
 FITTING = set() # Backbones and heights that were seen to fit: many files have the same
 
 def _has_good_operations(config):
-    trying = Trying()
-    for side in ('Train',),*(eval_sides(config).values() if config.get('Eval') else ()):
-        with trying(): build_operations(config, *side, 'dataset', 'transforms')
-    return not trying.each
+    "Is nothing said of the operations, where they are looked at?"
+    try:
+        for side in ('Train',),*(eval_sides(config).values() if config.get('Eval') else ()):
+            dataset = Section(config).section(*side, 'dataset')
+            build_operations(config, *dataset.path, 'transforms')
+        return True
+    except UserError: return False
 
 def _check_networks(config):
     nets,arch = without_numbers(lambda: build_networks(config, load=(), fetch=False)),config['Architecture']
