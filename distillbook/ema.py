@@ -95,7 +95,9 @@ class EMA(Callback):
 def step_mean(mean, net, share):
     "The mean a share nearer to the network"
     news = net.state_dict()
-    pairs = [(old, news[k].detach()) for k,old in mean.state_dict().items() if isinstance(old, torch.Tensor)]
+    state = mean.state_dict(keep_vars=True)
+    once = {id(old): (old, k) for k,old in state.items() if isinstance(old, torch.Tensor)} # Tied weights have two names
+    pairs = [(old.detach(), news[k].detach()) for old,k in once.values()]
     moving = [(a, b.to(a.dtype)) for a,b in pairs if a.is_floating_point()]
     for a,b in pairs:
         if not a.is_floating_point(): a.copy_(b)
