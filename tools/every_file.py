@@ -115,8 +115,8 @@ def forked(path, given, run, seconds):
         try:
             os.setsid()
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds+5))
-            out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for fd in (1,2): os.dup2(out, fd)
+            sys.stdout = sys.stderr = open(said, 'w', buffering=1, encoding='utf-8')
+            for fd in (1,2): os.dup2(sys.stdout.fileno(), fd)
             app(['train', '-c', str(path), *(o for v in given for o in ('-o', v))])
             status = 0
         except SystemExit as e: status = e.code or 0
@@ -125,7 +125,6 @@ def forked(path, given, run, seconds):
             traceback.print_exc()
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
     while not (ended := os.wait4(pid, os.WNOHANG))[0]:
         if time.time()>latest: os.killpg(pid, signal.SIGXCPU)
