@@ -54,7 +54,7 @@ def test_too_long(tool, tmp_path, monkeypatch):
 def test_the_same_but_for_names_comes_last(tool, tmp_path):
     for name in ('b_v4','a_v4','c_v3'): a_file(tmp_path/f'{name}.yml')
     a_file(tmp_path/'d_v2.yml', Global=dict(max_text_length=9))
-    assert tool.in_order(tmp_path)==['a_v4.yml','d_v2.yml','b_v4.yml','c_v3.yml']
+    assert tool.in_order(tmp_path)==(['a_v4.yml','d_v2.yml','b_v4.yml','c_v3.yml'], {'b_v4.yml': 'a_v4.yml', 'c_v3.yml': 'a_v4.yml'})
 
 def test_data(tool, tmp_path):
     "Lines of the dictionary, pages, seals: as many polygons as there is writing, of more than four corners"
