@@ -201,6 +201,12 @@ def test_quickstart(tmp_path, monkeypatch, gpu):
     assert set(asked)=={('cuda','cuda')} and f'on {gpu}, float32, {torch.get_num_threads()} thread' in r.stderr
     assert 'threads' not in load_config('quickstart')['Global']
 
+def test_features_of_a_released_teacher(tmp_path):
+    "PP-OCRv4's backbone, not only its answers; what is compared is made alike by a convolution that learns"
+    feature = 'Loss.loss_config_list.1={Term: {loss: distance, on: [Student.backbone, Teacher.net.net.backbone], weight: 1.0}}'
+    r = ok(*tiny_run(tmp_path/'run', 'Global.epoch_num=1', 'Train.dataset.words=16', 'Architecture.Models.Teacher.pretrained=PP-OCRv4_rec', 'Architecture.Models.Teacher.cache=false', feature))
+    assert device_in(tmp_path/'run')!='cpu' and 'distance_Student_Teacher: ' in r.stderr
+
 def test_five_minutes(tmp_path, gpu):
     "What tools/on_a_gpu.sh trains, in small"
     small = ['Architecture.Models.Student.Backbone.scale=0.0625', 'Train.dataset.words=8', 'Train.loader.batch_size_per_card=4', 'Train.loader.num_workers=0', 'Eval.watched.dataset.words=4', 'Eval.unseen_font.dataset.words=4', 'Global.epoch_num=1']
