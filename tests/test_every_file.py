@@ -56,6 +56,15 @@ def test_the_same_but_for_names_comes_last(tool, tmp_path):
     a_file(tmp_path/'d_v2.yml', Global=dict(max_text_length=9))
     assert tool.in_order(tmp_path)==(['a_v4.yml','d_v2.yml','b_v4.yml','c_v3.yml'], {'b_v4.yml': 'a_v4.yml', 'c_v3.yml': 'a_v4.yml'})
 
+def test_weights_that_nobody_has(tool, tmp_path):
+    a_file(tmp_path/'x.yml')
+    cfg = yaml.safe_load((tmp_path/'x.yml').read_text())
+    cfg['Architecture']['Models']['Twin'] = dict(pretrained='output/mine', **cfg['Architecture']['Models']['Student'])
+    cfg['Architecture']['Models']['Teacher'] = dict(freeze_params=True, **cfg['Architecture']['Models']['Student'])
+    cfg['Loss']['loss_config_list'].append(dict(Term=dict(loss='kd', on=['Student.head_out','Teacher.head_out'])))
+    (tmp_path/'x.yml').write_text(yaml.safe_dump(cfg, sort_keys=False))
+    assert tool.without_weights(tool.read_config(tmp_path/'x.yml', ['Global.pretrained_model=']))==['Architecture.Models.Teacher.pretrained=none', 'Architecture.Models.Twin.pretrained=']
+
 def test_data(tool, tmp_path):
     "Lines of the dictionary, pages, seals: as many polygons as there is writing, of more than four corners"
     for name in ('lines','pages','seals'): (tmp_path/name).mkdir()

@@ -14,7 +14,7 @@ import cv2, numpy as np, torch
 from fastcore.script import call_parse
 from benchmarks.quickstart import machine
 from distillbook.cli import app
-from distillbook.config.checker import weights_wanted
+from distillbook.config.checker import missing_files, weights_wanted
 from distillbook.config.data import eval_sides
 from distillbook.config.files import read_config
 from distillbook.config.networks import characters, task
@@ -96,9 +96,11 @@ def overrides(config, data, run):
         if side[0]=='Eval': found += smaller(config, side)
     return found
 
-def teachers(config):
-    "Frozen networks whose weights nobody has published, or nobody here has"
-    return [f'Architecture.Models.{n}.pretrained=none' for n in weights_wanted(config)]
+def without_weights(config):
+    "Weights that nobody here has: frozen teachers teach as chance made them, the others begin anew"
+    wanted = weights_wanted(config)
+    others = [k for k in missing_files(config) if k.startswith('Architecture.Models.') and k.split('.')[2] not in wanted]
+    return [*(f'Architecture.Models.{n}.pretrained=none' for n in wanted), *(f'{k}=' for k in others)]
 
 def smaller(config, side):
     "Crops of 320 pixels, or pages of at most so many"
@@ -142,7 +144,7 @@ def try_file(path, work, seconds):
     "The row of a file"
     config = read_config(path)
     data,also = data_for(config, work)
-    also += teachers(read_config(path, [*also, 'Global.checkpoints=', 'Global.pretrained_model=']))
+    also += without_weights(read_config(path, [*also, 'Global.checkpoints=', 'Global.pretrained_model=']))
     run = work/'run'
     for more in ([], smaller(config, ('Train',))):
         shutil.rmtree(run, ignore_errors=True)
