@@ -4,6 +4,7 @@ from pathlib import Path
 from random import Random
 import cv2, numpy as np, pytest, torch, yaml
 from fastai.basics import Callback
+from torch import nn
 from distillbook.checkpoint import load_file
 from distillbook.config import experiment, load_config
 from distillbook.config.data import build_dl
@@ -142,6 +143,14 @@ def test_from_a_configuration(words):
     dl = build_dl(config(**words), 'Train')
     assert isinstance(dl, ScaledDL) and {x.shape[2] for x,*_ in dl}=={32,48,64}
 
+class AnyHeight(nn.Module):
+    "One convolution, and the mean of its rows"
+    out_channels = 8
+    def __init__(self, in_channels:int=3):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, 8, 5, (4,8), 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.1))
+    def forward(self, x): return self.layers(x).mean(2, keepdim=True)
+
 class Dies(Callback):
     "SIGKILL behind a step"
     order = 100
@@ -156,7 +165,7 @@ def whole(words, run, resume=None):
     keep = dict(KeepKeys=dict(keep_keys=['image','label','length','valid_ratio']))
     joined = dict(RecConAug=dict(prob=.5, ext_data_num=1, image_shape=[48,96,3], max_text_length=25))
     cfg = config(data_dir=words['data_dir'], files=[str(run/'lines.txt')], transforms=[dict(DecodeImage=dict(img_mode='BGR')), joined, dict(CTCLabelEncode=None), keep], sampler=dict(first_bs=6, scales=[[96,32],[96,48],[96,64]]))
-    net = dict(return_all_feats=True, Backbone=dict(name='PPLCNetV3', scale=.0625), Neck=dict(name='SequenceEncoder', encoder_type='reshape'), Head=dict(name='CTCHead'))
+    net = dict(return_all_feats=True, Backbone=dict(name='test_scales.AnyHeight'), Neck=dict(name='SequenceEncoder', encoder_type='reshape'), Head=dict(name='CTCHead'))
     cfg['Global'].update(epoch_num=3, seed=5, use_gpu=False, threads=1, print_batch_step=1, eval_batch_step=[0,2], save_model_dir=str(run), checkpoints=resume)
     rows = [dict(DistillationCTCLoss=dict(weight=1., model_name_list=['Student','Twin'], key='head_out')), dict(Term=dict(loss='kd', on=['Twin.head_out','Student.head_out']))]
     post,metric = dict(name='DistillationCTCLabelDecode', model_name=['Student','Twin'], key='head_out'),dict(name='DistillationMetric', base_metric_name='RecMetric', key='Student', main_indicator='acc')
@@ -180,6 +189,7 @@ def lasting(o): return {k: lasting(v) for k,v in o.items() if k not in ('seconds
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked here')
 def test_a_run_killed_in_the_middle_of_its_plan_is_the_run_that_was_not(words, tmp_path, monkeypatch):
     "A state every other step; killed in the middle of the first epoch, and of the second"
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', {'test_scales'})
     monkeypatch.setattr(training, 'finish', lambda *a: None) # Speed and pictures
     one,run = tmp_path/'one',tmp_path/'cut'
     learn = train(whole(words, one))
