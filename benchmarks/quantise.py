@@ -1,0 +1,120 @@
+"""PP-OCRv3's recogniser in eight bits: plain, calibrated, with channels of one size, and taught by its float self.
+
+    python -m benchmarks.quantise [--steps 200] [--lines 300] [--threads 1] [--out FOLDER]
+
+Everything is read by onnxruntime from the files that are written. Trained and calibrated on made-up words in DejaVu without their labels (the row
+"labels" has them); measured on other words in Roboto, and on printed lines, where spaces do not count. Times are of one line on one thread, files in
+turns, over the float file's. `quantise.json` is written after each stage; copied to `benchmarks/results`, it is what the chapter on eight bits shows."""
+import argparse, json, sys, time
+from functools import partial
+from pathlib import Path
+import numpy as np, torch
+from fastai.basics import OptimWrapper, set_seed
+from rapidfuzz.distance import Levenshtein
+from benchmarks.quickstart import machine
+from distillbook.core import write_beside
+from distillbook.data.render import font_files, make_words
+from distillbook.learner import distill_learner
+from distillbook.losses import kd
+from distillbook.rec.decode import ctc_decode
+from distillbook.rec.losses import ctc_loss
+from distillbook.rec.prints import PrintedLines
+from distillbook.rec.render import normalise, render_words, word_dls
+from distillbook.terms import Term
+from distillbook.use.export import export_onnx, open_onnx, quantise
+from distillbook.use.quantise import Steps, export_int8, harms, places, quantisable
+from distillbook.use.teachers import load_teacher
+
+def words(n, seed, family): return render_words(make_words(n, seed), font_files(family), seed=seed)
+def batches(lines, bs=8): return [normalise(lines.images[i:i+bs], lines.widths[i:i+bs]) for i in range(0, len(lines), bs)]
+
+def read(session, pictures, alphabet):
+    "What stands in pictures, one at a time"
+    return [ctc_decode(torch.tensor(session.run(None, {'x': x.numpy()})[0]), alphabet, probs=True)[0][0] for x in pictures]
+
+def right(reads, texts):
+    "Exact accuracy and the share of characters, without spaces"
+    pairs = [(r.replace(' ', ''), t.replace(' ', '')) for r,t in zip(reads, texts)]
+    errors = sum(Levenshtein.distance(*p) for p in pairs)
+    return dict(exact=round(float(np.mean([a==b for a,b in pairs])), 4), characters=round(1-errors/sum(len(t) for _,t in pairs), 4))
+
+def measured(path, test, printed, alphabet):
+    session = open_onnx(path, 1)[0]
+    rows = {}
+    xs = [normalise(test.images[i:i+1,:,:w], test.widths[i:i+1]) for i,w in enumerate(test.widths)]
+    rows['words'] = right(read(session, xs, alphabet), test.words)
+    xs = [normalise(o['image'][None,...,0]) for o in printed]
+    rows['printed'] = right(read(session, xs, alphabet), [o['label'] for o in printed])
+    return rows | dict(kB=path.stat().st_size//1000)
+
+def train(student, teacher, alphabet, steps, lr, seed=0, labels=False):
+    set_seed(seed)
+    lines,watch = words(8*steps, 100+seed, 'dejavu'),words(16, 99, 'dejavu')
+    terms = [Term(ctc_loss, 'Student')] if labels else [Term(partial(kd, T=1.), 'Student', 'Teacher')]
+    nets = dict(Student=student) if labels else dict(Teacher=teacher, Student=student)
+    adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
+    learn = distill_learner(word_dls(lines, watch, 8, alphabet, seed), nets, terms, frozen=[n for n in nets if n=='Teacher'], opt_func=adamw)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, lr)
+    return learn.net('Student').eval()
+
+def times(files, test, n=60):
+    "Milliseconds of a line, medians of turns, over those of the float file"
+    sessions,ms = {k: open_onnx(f, 1)[0] for k,f in files.items()},{k: [] for k in files}
+    for i in range(n):
+        x = normalise(test.images[i:i+1], test.widths[i:i+1]).numpy()
+        for k,s in sessions.items():
+            start = time.thread_time() if False else time.perf_counter()
+            s.run(None, {'x': x})
+            ms[k].append((time.perf_counter()-start)*1e3)
+    return {k: dict(ms=round(float(np.median(v)), 2), ratio=round(float(np.median(np.array(v)/np.array(ms['float']))), 3)) for k,v in ms.items()}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--steps', type=int, default=200)
+    p.add_argument('--lines', type=int, default=300)
+    p.add_argument('--lr', type=float, default=3e-4)
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--out', type=Path, default=Path('runs/quantise'))
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    a.out.mkdir(parents=True, exist_ok=True)
+    file = a.out/'quantise.json'
+    net,alphabet = load_teacher('PP-OCRv3_rec')
+    test,calib = words(a.lines, 5, 'roboto'),batches(words(64, 6, 'dejavu'))
+    source = PrintedLines(2*a.lines//3, seed=1)
+    printed = [source[i] for i in range(len(source))]
+    result = json.loads(file.read_text()) if file.exists() else dict(rows={}, cpu_seconds={})
+    result |= dict(command=' '.join(['python -m benchmarks.quantise', *sys.argv[1:]]), machine=machine(), steps=a.steps)
+    def save():
+        with write_beside(file) as tmp: tmp.write_text(json.dumps(result, indent=1))
+    def stage(name, make):
+        path = a.out/f'{name.replace(" ", "_").replace(",", "")}.onnx'
+        if name not in result['rows'] or not path.exists():
+            start = time.process_time()
+            make(path)
+            result['cpu_seconds'][name] = round(time.process_time()-start)
+            result['rows'][name] = measured(path, test, printed, alphabet)
+            save()
+            print(name, result['rows'][name], f"{result['cpu_seconds'][name]} s", flush=True)
+        return path
+    def ours(equal, taught=None):
+        def make(path):
+            q = quantisable(net, calib, equal)
+            if taught: q = train(q, net, alphabet, a.steps, a.lr, labels=taught=='labels')
+            export_int8(q, path, calib[:2], 'rec', alphabet)
+        return make
+    files = {'float': stage('float', lambda path: export_onnx(net, path, 'rec', alphabet))}
+    files['plain int8'] = stage('plain int8', lambda path: quantise(files['float'], calib, path))
+    if 'harms' not in result:
+        q = quantisable(net, calib, False)
+        result['harms'] = dict(apart=harms(q, net, batches(words(24, 7, 'dejavu'), 24)))
+        result['ranges'] = {n: [round(m.low.item(), 3), round(m.high.item(), 3)] for n,m in places(q).items() if isinstance(m, Steps)}
+        result['harms']['equal'] = harms(quantisable(net, calib), net, batches(words(24, 7, 'dejavu'), 24))
+        save()
+    for name,make in {'calibrated': ours(False), 'equal channels': ours(True), 'equal channels, teacher': ours(True, 'teacher'),
+        'calibrated, teacher': ours(False, 'teacher'), 'equal channels, labels': ours(True, 'labels')}.items(): files[name] = stage(name, make)
+    result['times'] = times(files, test)
+    save()
+    print(json.dumps(result['times'], indent=1))
+
+if __name__=='__main__': main()
