@@ -36,6 +36,7 @@ def constant(x):
     "For the exporter a number and not a computation"
     return torch.from_numpy(x.detach().numpy().copy()) if torch.onnx.is_in_onnx_export() else x
 
+# %% ../../nbs/use/06b_quantise.ipynb #e52f0372
 class Steps(nn.Module):
     "The numbers of a map on 256 steps from `low` to `high`"
     on,most = False,255 # Is anything rounded? The last step
