@@ -149,7 +149,7 @@ def first_gradients(methods):
         lengths = []
         for t in terms.terms:
             ins,named = terms.inputs(t, nets.train()(x), (y, i))
-            grads = torch.autograd.grad(terms.value_of(t, ins, named, (y, i)), params, allow_unused=True)
+            grads = torch.autograd.grad(terms.value_of(t, terms.projected(t, ins), named, (y, i)), params, allow_unused=True)
             lengths.append(sum(g.square().sum() for g in grads if g is not None).sqrt().item())
         res[m] = lengths[1]/lengths[0]
     return res
