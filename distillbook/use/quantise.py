@@ -133,7 +133,7 @@ def fold_norms(
     hooks = [m.register_forward_hook(after) for m in net.modules() if type(m) is nn.Conv2d]
     hooks += [m.register_forward_pre_hook(before) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     try:
-        with torch.no_grad(): was = net(x)
+        with torch.no_grad(): net(x)
     finally:
         for h in hooks: h.remove()
     for bn,conv in pairs.items():
