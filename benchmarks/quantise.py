@@ -67,6 +67,16 @@ def train(student, teacher, alphabet, steps, lr, seed=0, labels=False):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, lr)
     return learn.net('Student').eval()
 
+def divergence(files, tests, n=60):
+    "Of what each file says from what the float file says, nats a frame"
+    sessions,found = {k: open_onnx(f, 1)[0] for k,f in files.items()},{k: {} for k in files}
+    for name,lines in tests.items():
+        xs = [normalise(lines.images[i:i+1,:,:w]).numpy() for i,w in enumerate(lines.widths[:n])]
+        def says(k): return [torch.tensor(sessions[k].run(None, {'x': x})[0]).clamp(min=1e-30) for x in xs]
+        floats = says('float')
+        for k in files: found[k][name] = round(float(np.mean([(p*(p.log()-q.log())).sum(-1).mean().item() for p,q in zip(floats, says(k))])), 5)
+    return found
+
 def times(files, test, n=60):
     "Milliseconds of a line, medians of turns, over those of the float file"
     sessions,ms = {k: open_onnx(f, 1)[0] for k,f in files.items()},{k: [] for k in files}
@@ -106,7 +116,8 @@ def main():
             save()
             print(name, result['rows'][name], f"{result['cpu_seconds'][name]} s", flush=True)
         return path
-    def clock():
+    def compare():
+        result['divergence'] = divergence(files, tests)
         result['times'] = times(files, tests['words'])
         save()
     def ours(equal, taught=None):
@@ -125,10 +136,10 @@ def main():
         result['ranges'] = {n: [round(m.low.item(), 3), round(m.high.item(), 3)] for n,m in places(q).items() if isinstance(m, Steps)}
         result['harms']['equal'] = harms(quantisable(net, calib), net, few)
         save()
-    clock()
+    compare()
     name = 'equal channels, labels'
     files[name] = stage(name, ours(True, 'labels'))
-    clock()
+    compare()
     print(json.dumps(result['times'], indent=1))
 
 if __name__=='__main__': main()

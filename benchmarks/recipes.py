@@ -150,17 +150,17 @@ class Noisy(nn.Module):
         x = moved*(.7+.6*torch.rand(n,1,1,1)) + .1*torch.randn_like(x)
         return x*(F.interpolate(torch.rand(n,1,4,4), 8)>.1)
 
-def run_noisy(seed, labels=100, generations=3):
+def run_noisy(seed, labels=100, generations=2):
     set_seed(seed)
     first = nn.Sequential(nn.Sequential(conv(1, 16, 2), conv(16, 32)), nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(.2), nn.Linear(128, 10)))
     def alone(net):
         set_seed(seed)
-        fit(dict(Student=net), [Term(cross_entropy, 'Student')], loaders(labels, seed, True), 600)
+        fit(dict(Student=net), [Term(cross_entropy, 'Student')], loaders(labels, seed, True), 300)
         return net
     def taught(net, teacher):
         set_seed(seed)
         terms = [Term(cross_entropy, 'Student'), Term(partial(kd, T=1.), 'Student', 'Teacher')]
-        fit(dict(Teacher=teacher, Student=net), terms, loaders(labels, seed), 600, ['Teacher'])
+        fit(dict(Teacher=teacher, Student=net), terms, loaders(labels, seed), 300, ['Teacher'])
         return net
     plain,noisy = alone(copy.deepcopy(first)),alone(Noisy(copy.deepcopy(first)))
     found = {'labels': right(plain), 'labels, noisy': right(noisy)}

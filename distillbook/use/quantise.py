@@ -57,7 +57,7 @@ class Steps(nn.Module):
 
     def rounded(self, x):
         if not self.on: return x
-        scale,zero = self.grid()
+        x,(scale,zero) = x.float(),self.grid()
         if not torch.is_grad_enabled():
             return torch.fake_quantize_per_tensor_affine(x, constant(scale), constant(zero.int()), 0, self.most)
         step = nearest((x/scale+zero).clamp(-.499, self.most+.499))
