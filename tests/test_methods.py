@@ -16,7 +16,7 @@ from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, Reu
 from distillbook.logits import correlations, ensemble, kd_ensemble, mlkd, nkd, ttm, uskd, wsl, wttm
 from distillbook.losses import attention_transfer, cosine, dist, distance, dkd, dml, kd, standardised
 from distillbook.nets import Nets
-from distillbook.rec.frames import by_character, ctc_aligned, ctc_kd, ctc_pseudo, dctc, own_alignment, readings
+from distillbook.rec.frames import by_character, ctc_aligned, ctc_kd, ctc_nbest, ctc_pseudo, dctc, nbest, own_alignment, readings
 from distillbook.rec.losses import Walks, ctc_loss
 from distillbook.relations import angles, distances, itrd, itrd_correlation, itrd_mutual, pkt, rkd, rkd_angle, rkd_distance, sp
 from distillbook.terms import Term, Terms
@@ -655,9 +655,46 @@ def test_readings_and_pseudo_labels():
     close(ctc_pseudo(s, z), want.item(), 1e-5)
     assert ctc_pseudo(s, z, least=1.1)==0
 
+def every_reading(logp):
+    "All that a line can be read as, by summing over all walks, the most probable first"
+    total = {}
+    for walk in itertools.product(range(logp.shape[1]), repeat=len(logp)):
+        text = tuple(c for c,_ in itertools.groupby(walk) if c)
+        total[text] = total.get(text, 0.) + math.exp(sum(row[c] for row,c in zip(logp.tolist(), walk)))
+    return sorted(total.items(), key=lambda o: -o[1])
+
+@pytest.mark.parametrize('T,C', ((5,3), (6,4)))
+def test_best_readings_are_those_of_all_walks(T, C):
+    z = randn(3, T, C, seed=T, scale=1.5)
+    labels,length,logp = nbest(z, 5, beam=400, letters=C)
+    for i in range(3):
+        want = every_reading(z[i].log_softmax(-1))[:5]
+        assert [tuple(o[:k].tolist()) for o,k in zip(labels[i], length[i])]==[text for text,_ in want]
+        close(logp[i].exp(), [p for _,p in want], 1e-6)
+
+@pytest.mark.parametrize('temperature', (1.,.25))
+def test_nbest_is_ctc_weighted_by_the_teachers_probabilities(temperature):
+    t,s,want = randn(2, 5, 4, seed=1, scale=1.5),randn(2, 6, 4, seed=2, scale=1.5),0.
+    for i in range(2):
+        best = every_reading(t[i].log_softmax(-1))[:3]
+        weights = np.array([p for _,p in best])**(1/temperature)
+        said = dict(every_reading(s[i].log_softmax(-1)))
+        want -= sum(w*math.log(said[text]) for w,(text,_) in zip(weights/weights.sum(), best))/2
+    s.requires_grad_()
+    loss = ctc_nbest(s, t, n=3, T=temperature, beam=300, letters=4)
+    close(loss, want, 1e-5)
+    loss.backward()
+    assert s.grad.isfinite().all() and s.grad.abs().sum()>0
+
+def test_nbest_with_fewer_readings_than_asked_for():
+    labels,length,logp = nbest(randn(1, 1, 3), 4) # One frame can say nothing, 1 or 2
+    assert logp[0].isfinite().tolist()==[True]*3+[False] and length[0,:3].sort().values.tolist()==[0,1,1]
+    assert ctc_nbest(randn(1, 2, 3), randn(1, 1, 3), n=4).isfinite()
+    with pytest.raises(UserError, match='one reading or more'): ctc_nbest(randn(1, 2, 3), randn(1, 1, 3), n=0)
+
 def test_another_alphabet_is_refused():
     "PyTorch's CTC on a CPU reads memory of others for a class that the logits do not have"
-    for f in (ctc_pseudo, lambda s,t: ctc_aligned(s, t, LABEL, LENGTH)):
+    for f in (ctc_pseudo, ctc_nbest, lambda s,t: ctc_aligned(s, t, LABEL, LENGTH)):
         for t in (line(1, C=10), line(1, N=2)):
             with pytest.raises(UserError, match=r'logits \[N,T,C\] of the same lines and classes, not \[3, 9, 5\]'): f(line(), t)
     for odd in (5, 9, -1):
@@ -666,7 +703,7 @@ def test_another_alphabet_is_refused():
             with pytest.raises(UserError, match=f'a label has the class {odd}, and the logits have 5 classes'): f(line().float(), label, LENGTH)
         close(ctc_loss(line().float(), label, torch.tensor([1,1,2])), ctc_loss(line().float(), LABEL, torch.tensor([1,1,2])).item()) # Behind its end a label may hold anything
 
-@pytest.mark.parametrize('f', (lambda s,t: ctc_aligned(s, t, LABEL, LENGTH), lambda s,t: dctc(s, LABEL, LENGTH), ctc_kd, lambda s,t: ctc_pseudo(s, t, least=0.)), ids=['aligned','dctc','kd','pseudo'])
+@pytest.mark.parametrize('f', (lambda s,t: ctc_aligned(s, t, LABEL, LENGTH), lambda s,t: dctc(s, LABEL, LENGTH), ctc_kd, lambda s,t: ctc_pseudo(s, t, least=0.), ctc_nbest), ids=['aligned','dctc','kd','pseudo','nbest'])
 def test_ctc_losses_of_bfloat16(f):
     s,t = [o.bfloat16() for o in (line(), line(1))]
     close(f(s, t), f(s.float(), t.float()).item(), 1e-5)
@@ -676,7 +713,7 @@ def test_ctc_losses_of_bfloat16(f):
 def row(**keys): return dict(Loss=dict(name='CombinedLoss', loss_config_list=[dict(Term=dict(on=['Student.head_out','Teacher.head_out']) | keys)]))
 
 ROWS = {'nkd': dict(targets=['label']), 'ttm': dict(T=2.), 'wttm': dict(standardise=True), 'mlkd': dict(temperatures=[1.,2.]), 'kd': dict(standardise=True), 'sp': {}, 'rkd': dict(angle=0.), 'pkt': {}, 'itrd': dict(alpha=1.5),
-    'cwd': dict(T=1.), 'pkd': {}, 'pyramid': dict(levels=[1]), 'ctc_kd': dict(blank=0.), 'ctc_pseudo': dict(least=.1), 'ctc_aligned': {}}
+    'cwd': dict(T=1.), 'pkd': {}, 'pyramid': dict(levels=[1]), 'ctc_kd': dict(blank=0.), 'ctc_pseudo': dict(least=.1), 'ctc_nbest': dict(n=2), 'ctc_aligned': {}}
 @pytest.mark.parametrize('loss', ROWS)
 def test_rows(loss):
     keys = {k: v for k,v in ROWS[loss].items() if k!='targets'}
@@ -712,6 +749,6 @@ def test_what_would_be_called_with_too_little_is_refused_where_it_is_written(los
         with pytest.raises(UserError, match='not 3 in all'): build_terms(row(loss=loss, on=['Student.a','Student.b','Teacher.a']))
 
 def test_tables_hold_what_can_be_called():
-    assert {'nkd','uskd','wsl','ttm','wttm','mlkd','kd_ensemble','rkd','sp','pkt','itrd','cwd','pkd','ofd','weighted_distance','fgd','pyramid','VID','CRD','ReviewKD','CTKD','ctc_kd','ctc_aligned','dctc','ctc_pseudo'}<=set(LOSSES)
+    assert {'nkd','uskd','wsl','ttm','wttm','mlkd','kd_ensemble','rkd','sp','pkt','itrd','cwd','pkd','ofd','weighted_distance','fgd','pyramid','VID','CRD','ReviewKD','CTKD','ctc_kd','ctc_aligned','dctc','ctc_pseudo','ctc_nbest'}<=set(LOSSES)
     assert {'Ratio','Pull','Uncertainty'}<=set(WEIGHTS) and {'Projector','Ensemble','Orthogonal','Generation'}<=set(PROJECTORS)
     for entry in PROJECTORS.values(): assert list(inspect.signature(entry).parameters)[:2]==['src','dst']

@@ -7,11 +7,11 @@ from distillbook.balance import Pull, Ratio, Uncertainty
 from distillbook.learned import CRD, CTKD, Ensemble, Orthogonal, ReviewKD, VID
 from distillbook.losses import cosine, distance
 from distillbook.nets import Nets
-from distillbook.rec.frames import ctc_aligned, ctc_kd, ctc_pseudo, dctc
+from distillbook.rec.frames import ctc_aligned, ctc_kd, ctc_nbest, ctc_pseudo, dctc
 from distillbook.terms import Term, Terms
 from test_methods import CASES, LABEL, LENGTH, X, NUMBERS, Scaled, inputs, line, mlp
 
-TEXT = dict(ctc_kd=ctc_kd, ctc_aligned=lambda s,t: ctc_aligned(s, t, LABEL.to(s.device), LENGTH.to(s.device)), dctc=lambda s,t: dctc(s, LABEL.to(s.device), LENGTH.to(s.device)), ctc_pseudo=partial(ctc_pseudo, least=0.))
+TEXT = dict(ctc_kd=ctc_kd, ctc_aligned=lambda s,t: ctc_aligned(s, t, LABEL.to(s.device), LENGTH.to(s.device)), dctc=lambda s,t: dctc(s, LABEL.to(s.device), LENGTH.to(s.device)), ctc_pseudo=partial(ctc_pseudo, least=0.), ctc_nbest=ctc_nbest)
 BESIDE = {'nkd','wsl_T'} # Their targets are on the CPU in these cases
 ALL = [(k, f, partial(inputs, kind)) for k,f,kind in CASES if k not in BESIDE] + [(k, f, lambda: (line(), line(1))) for k,f in TEXT.items()]
 
