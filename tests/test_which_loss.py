@@ -2,7 +2,7 @@
 import csv, json, pickle
 from pathlib import Path
 import numpy as np, pytest, torch
-from benchmarks.methods import __main__ as table, cifar
+from benchmarks.methods import __main__ as table, cifar, lines, pages
 from benchmarks.methods.common import Batches
 from distillbook.core import UserError
 
@@ -54,18 +54,37 @@ def test_nothing_in_a_file_is_run(tmp_path, capsys):
     (tmp_path/'train.bin').write_bytes(b'\0'*3073)
     with pytest.raises(UserError, match='no whole number of pictures'): cifar.read_cifar(tmp_path)
 
-def test_the_table_of_a_tiny_cifar(hundred, tmp_path, monkeypatch):
+def test_the_table_of_a_tiny_cifar(hundred, tmp_path, monkeypatch, capsys):
     "`--full --data` from files to JSON, one method of each kind; the second time nothing is trained"
-    for k,v in dict(WIDTHS=(2,4,4,8), DEPTHS=dict(teacher=14, student=8), BS=10, TEACHER_EPOCHS=1).items(): monkeypatch.setattr(cifar, k, v)
+    for k,v in dict(WIDTHS=(2,4,4,8), DEPTHS=dict(teacher=14, student=8), BS=10).items(): monkeypatch.setattr(cifar, k, v)
     for f in (cifar.pictures, cifar.teacher): f.cache_clear()
+    monkeypatch.setattr(table.Table.step_times, '__defaults__', (1,))
     args = ['--full', '--data', str(hundred), '--epochs', '1', '--seeds', '0', '--only', 'kd', 'nkd', 'ofd', 'ReviewKD', 'SimKD', '--out', str(tmp_path)]
     table.main(args)
+    assert 'paper  73.33' in capsys.readouterr().out
     got = json.loads((tmp_path/'methods_cifar.json').read_text())
     assert set(got['runs']['1']['0'])=={'Alone','label_smoothing','kd','nkd','ofd','ReviewKD','SimKD'} and all(0<=v<=1 for v in got['runs']['1']['0'].values())
     assert got['papers']['kd']==73.33 and str(hundred) not in got['command'] and set(got['costs'])>={'','SimKD'} and all(o['weight']>0 for o in got['weights'].values())
     monkeypatch.setattr(table, 'fit', None)
     table.main(args)
     assert json.loads((tmp_path/'methods_cifar.json').read_text())['runs']==got['runs']
+
+TINY = dict(lines=(lines, dict(N=24, TESTS=(4,6), BS=8, TEACHER_EPOCHS=1), ['kd','nkd','ctc_aligned','dctc','ofd','CRD']),
+    pages=(pages, dict(N=6, SIZES=dict(learn=6, choose=2, test=2), BS=4, TEACHER_EPOCHS=1), ['dila_db','kd','fgd','ofd','ReviewKD','sp']))
+
+@pytest.mark.parametrize('problem', TINY)
+def test_the_table_of_a_few(problem, tmp_path, monkeypatch):
+    "The reader's and the detector's: methods on answers, inner layers, labels and masks"
+    module,small,methods = TINY[problem]
+    for k,v in small.items(): monkeypatch.setattr(module, k, v)
+    monkeypatch.setattr(table.Table.step_times, '__defaults__', (1,))
+    cached = [f for f in vars(module).values() if hasattr(f, 'cache_clear')]
+    for f in cached: f.cache_clear()
+    table.main(['--problem', problem, '--labels', '2', '--epochs', '1', '--seeds', '0', '1', '--only', *methods, '--out', str(tmp_path)])
+    for f in cached: f.cache_clear()
+    got = json.loads((tmp_path/f'methods_{problem}.json').read_text())
+    assert set(got['runs']['1'])=={'0','1'} and set(got['runs']['1']['0'])=={'Alone',*methods}
+    assert set(got['weights'])==set(methods) and all(np.isfinite(o['weight']) and o['weight']>0 for o in got['weights'].values())
 
 def test_full_wants_files():
     for args in (['--full'], ['--data', '.']):

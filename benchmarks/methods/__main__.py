@@ -139,14 +139,14 @@ def main(args=None):
     if a.full!=bool(a.data): ap.error("--full and --data FOLDER, where CIFAR's own files lie, belong together")
     if a.full: a.problem = 'cifar'
     problem = importlib.import_module(f'benchmarks.methods.{a.problem}')
-    if a.full: problem.where.update(data=a.data, device=a.device)
     methods,a.epochs,a.labels = a.only or list(problem.METHODS),a.epochs or problem.EPOCHS,a.labels or problem.LABELS
     if bad := [m for m in methods if m not in problem.METHODS]: ap.error(f"no method {bad[0]!r}; there are {', '.join(problem.METHODS)}")
+    if a.full: problem.where.update(data=a.data, device=a.device, epochs=a.epochs[0])
     torch.set_num_threads(a.threads)
     place['folder'] = out = a.out or Path(f'runs/methods_{a.problem}')
     out.mkdir(parents=True, exist_ok=True)
     table,about = Table(problem, a.labels),[methods, a.labels, a.choose]
-    teacher = kept(out/'teacher.json', lambda: {n: round(problem.score(problem.teacher(n), 'test'), 4) for n in problem.TEACHERS})
+    teacher = kept(out/'teacher.json', lambda: {n: round(problem.score(problem.teacher(n), 'test'), 4) for n in problem.TEACHERS}, a.epochs[0] if a.full else None)
     costs = kept(out/'costs.json', lambda: table.step_times(methods), methods)
     weights = kept(out/'weights.json', lambda: table.chosen(methods, a.epochs[0], a.choose), about)
     said = ['FOLDER' if o in (str(a.out), str(a.data)) else o for o in (sys.argv[1:] if args is None else args)]
@@ -161,5 +161,12 @@ def main(args=None):
             res['cpu_seconds'][f'seed {seed}, {epochs} epochs'] = got['cpu_seconds']
             with write_beside(out/f'methods_{a.problem}.json') as tmp: tmp.write_text(json.dumps(res, indent=1))
             print(f"seed {seed}, {epochs} epochs, {got['cpu_seconds']:.0f} s:", {k: round(v-got['made']['Alone'], 3) for k,v in got['made'].items()}, flush=True)
+    if 'papers' in res: print_beside(res)
+
+def print_beside(res):
+    "The mean of the seeds beside the papers' figure, per cent"
+    runs = list(res['runs'][f"{res['epochs'][0]}"].values())
+    ours = {m: 100*sum(r[m] for r in runs)/len(runs) for m in runs[0]}
+    for m in sorted(ours, key=ours.get, reverse=True): print(f"{m:20} ours {ours[m]:6.2f}   paper {res['papers'].get(m, float('nan')):6.2f}")
 
 if __name__=='__main__': main()

@@ -22,7 +22,7 @@ from distillbook.use.weights import read_pickle
 EPOCHS,LABELS,BS,LR = [8],None,128,.1
 FIT = dict(opt_func=partial(SGD, decouple_wd=False), wd=5e-4)
 MEASURED = 'pictures named rightly'
-where = dict(data=None, device='cpu')
+where = dict(data=None, device='cpu', epochs=8) # The teacher's epochs are as many as the students'
 
 # ---- files
 
@@ -139,12 +139,12 @@ def student(method, net):
 def layers(net): return list(net.body.parameters())
 
 TEACHERS = ('Teacher',)
-TEACHER_EPOCHS = 8 # The papers' have 240
 
 @cache
 def teacher(name):
     set_seed(50)
-    return kept_net(name, ResNet(DEPTHS['teacher'], WIDTHS), lambda net: fit({name: net}, [lesson(name)], dls(50, None), TEACHER_EPOCHS, lr=LR, **FIT)).to(where['device'])
+    def train(net): fit({name: net}, [lesson(name)], dls(50, None), where['epochs'], lr=LR, **FIT)
+    return kept_net(f'{name}x{where["epochs"]}', ResNet(DEPTHS['teacher'], WIDTHS), train).to(where['device'])
 
 told = teacher # It is asked as it goes: every picture is another each time
 

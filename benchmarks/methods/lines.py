@@ -25,6 +25,7 @@ from distillbook.terms import Term
 
 EPOCHS,LABELS,N,BS,LR = [4],300,2000,50,1e-2
 ALPHABET,H,W,LONGEST = Alphabet('0123456789'),24,64,5
+TESTS = 300,1000 # Lines to choose by, and to measure on
 MEASURED = 'lines of an unseen font read without a mistake'
 
 # ---- data
@@ -38,8 +39,8 @@ def numbers(n, seed):
 @cache
 def lines(part):
     "Pictures [n,1,24,64], labels, lengths, words"
-    words = numbers(N+1300, 0)
-    words = dict(learn=words[:N], choose=words[N:N+300], test=words[N+300:])[part]
+    words = numbers(N+sum(TESTS), 0)
+    words = dict(learn=words[:N], choose=words[N:N+TESTS[0]], test=words[N+TESTS[0]:])[part]
     drawn = render_words(words, font_files('dejavu' if part=='learn' else 'roboto'), len(part), H, W)
     return (torch.from_numpy(drawn.images).float()[:,None]/127.5-1,*encode_batch(words, ALPHABET, LONGEST),words)
 
@@ -76,12 +77,12 @@ def first(): return Reader(8, 16, 24, 32)
 def student(method, net): return net
 def layers(net): return [p for n,p in net.named_parameters() if not n.startswith('fc')]
 
-TEACHERS = ('Teacher',)
+TEACHERS,TEACHER_EPOCHS = ('Teacher',),30
 
 @cache
 def teacher(name):
     set_seed(50)
-    return kept_net(name, Reader(24, 48, 96, 128), lambda net: fit({name: net}, [lesson(name)], dls(50, N), 30, lr=3e-3))
+    return kept_net(name, Reader(24, 48, 96, 128), lambda net: fit({name: net}, [lesson(name)], dls(50, N), TEACHER_EPOCHS, lr=3e-3))
 
 @cache
 def told(name): return Told(teacher(name), lines('learn')[0])

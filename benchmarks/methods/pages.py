@@ -55,12 +55,12 @@ def first(): return seeing(plain_det((4,8,16,32), 16))
 def student(method, net): return net
 def layers(net): return [*net.backbone.parameters(), *net.neck.parameters()]
 
-TEACHERS = ('Teacher',)
+TEACHERS,TEACHER_EPOCHS = ('Teacher',),16
 
 @cache
 def teacher(name):
     set_seed(50)
-    return kept_net(name, seeing(plain_det((16,32,64,128), 64)), lambda net: fit({name: net}, [lesson(name)], dls(50, N), 16, lr=3e-3))
+    return kept_net(name, seeing(plain_det((16,32,64,128), 64)), lambda net: fit({name: net}, [lesson(name)], dls(50, N), TEACHER_EPOCHS, lr=3e-3))
 
 def seeing(net):
     net.return_all_feats = True
@@ -97,7 +97,7 @@ def before_relu(s): return Term(partial(ofd, margin=ofd_margin(teacher('Teacher'
 def review(s): return Term(ReviewKD, *(f'{n}.backbone_out.{i}' for n in (s, 'Teacher') for i in range(4)))
 
 METHODS = dict(
-    dila_db=on(dilated, *MAPS), soft_maps=on(dkd_maps, *MAPS), kd=of_pixels(kd), cwd_maps=on(cwd_maps, *MAPS), hint=on(distance, *NECK), attention=on(attention_transfer, *NECK),
+    dila_db=on(dilated, *MAPS), soft_maps=on(dkd_maps, *MAPS), kd=of_pixels(partial(kd, dim=-1)), cwd_maps=on(cwd_maps, *MAPS), hint=on(distance, *NECK), attention=on(attention_transfer, *NECK),
     cwd=on(cwd, *NECK), pkd=on(pkd, *NECK), fgd=lambda s: Term(focal, f'{s}.neck_out', 'Teacher.neck_out', targets=[2,3], maps='Teacher.maps'), weighted=on(where_text, *NECK, maps='Teacher.maps'),
     ofd=before_relu, generation=on(distance, *NECK, projector=Generation), ReviewKD=review, sp=on(sp, *DEEP), pkt=on(pkt, *DEEP))
 NO_TEACHER,ALONE = set(),{}
