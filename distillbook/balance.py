@@ -14,7 +14,7 @@ from .core import UserError
 
 # %% ../nbs/learning/03c_balance.ipynb #e02c0107
 class RunningMean(nn.Module):
-    "The mean of what was seen, of which the latest counts most; 1 before there is any"
+    "The mean of what was seen and is finite, of which the latest counts most; 1 before there is any"
     def __init__(self,
         momentum:float, # How much of the mean stays with each value
     ):
@@ -24,8 +24,9 @@ class RunningMean(nn.Module):
         self.register_buffer('seen', torch.tensor(0.)) # How much of the total is real, 0..1
 
     def add(self, value):
-        self.total.lerp_(value.detach().float(), 1-self.momentum)
-        self.seen.lerp_(torch.ones_like(self.seen), 1-self.momentum)
+        value = value.detach().float()
+        self.total.lerp_(torch.where(value.isfinite(), value, self.total), 1-self.momentum)
+        self.seen.lerp_(torch.where(value.isfinite(), 1., self.seen), 1-self.momentum)
 
     def forward(self): return torch.where(self.seen>0, self.total/self.seen.clamp(min=1e-12), 1.)
 
@@ -59,13 +60,13 @@ class Pull(nn.Module):
         loss:Tensor, # A scalar, or one for each item [N]
         out:Tensor, # What the loss was computed from
     ):
-        if self.training and torch.is_grad_enabled(): self._measure(loss.mean(), out)
+        if self.training: self._measure(loss.mean(), out)
         return loss * (self.norm/self.mean().clamp(min=1e-12))
 
     def _measure(self, loss, out):
         if not isinstance(out, Tensor):
             raise UserError("Pull weighs a term by the gradient at its first output, which has to be a tensor")
-        if not (out.requires_grad and loss.requires_grad): return
+        if not (torch.is_grad_enabled() and out.requires_grad and loss.requires_grad): return
         g, = torch.autograd.grad(loss, out, retain_graph=True, allow_unused=True)
         if g is not None: self.mean.add(g.float().norm())
 

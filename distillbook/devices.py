@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .core import UserError
 from .layers import FixedBatchNorm2d
-from .learner import DistillLearner, _first_batch
+from .learner import DistillLearner, _first_batch, terms_of
 from .metrics import NetMetric
 from .nets import Nets
-from .terms import dry_run
+from .terms import Terms, dry_run, said_of
 
 # %% ../nbs/learning/11_devices.ipynb #98e85ac6
 def join(
@@ -127,6 +127,7 @@ class Ranks(DistributedTrainer):
 
     def before_fit(self):
         nets,rank,world = get_model(self.learn.model),rank_distrib(),max(num_distrib(), 1)
+        if world>1: _for_many_ranks(terms_of(self.learn))
         self.old_dls = list(self.dls.loaders)
         shares = [part_of(dl, rank, world, i==0, self.accelerator) for i,dl in enumerate(self.old_dls)]
         self.learn.dls.loaders = shares
@@ -152,6 +153,13 @@ class Ranks(DistributedTrainer):
         self.wrapped = None
 
     def cleanup(self): self.after_fit()
+
+# %% ../nbs/learning/11_devices.ipynb #f3ca841b
+def _for_many_ranks(loss):
+    "`UserError` for a loss that only one rank can have"
+    for t in loss.terms if isinstance(loss, Terms) else ():
+        if why := said_of(t.fn, 'one_rank_only'):
+            raise UserError(f"term {t.name!r} {why}: train with one rank, or without this term")
 
 def _sync_batchnorm(nets):
     for n in nets.names:

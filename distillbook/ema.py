@@ -67,6 +67,8 @@ def follow(
     both = {**{n: nets[n] for n in nets.names}, **{m: copy.deepcopy(nets[n]) for m,n in means.items()}}
     res = type(nets)(both, [*nets.frozen, *means], bf16=nets.bf16)
     res.means = {**nets.means, **means}
+    res.tapped,res.keeps_batch = list(nets.tapped),nets.keeps_batch # What terms were connected with goes along
+    if '_projectors' in nets._modules: res._modules['_projectors'] = nets._modules['_projectors']
     return res
 
 # %% ../nbs/learning/06d_ema.ipynb #332e00ef
@@ -93,7 +95,9 @@ class EMA(Callback):
 def step_mean(mean, net, share):
     "The mean a share nearer to the network"
     news = net.state_dict()
-    pairs = [(old, news[k].detach()) for k,old in mean.state_dict().items() if isinstance(old, torch.Tensor)]
+    state = mean.state_dict(keep_vars=True)
+    once = {id(old): (old, k) for k,old in state.items() if isinstance(old, torch.Tensor)} # Tied weights have two names
+    pairs = [(old.detach(), news[k].detach()) for old,k in once.values()]
     moving = [(a, b.to(a.dtype)) for a,b in pairs if a.is_floating_point()]
     for a,b in pairs:
         if not a.is_floating_point(): a.copy_(b)

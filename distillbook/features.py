@@ -12,6 +12,7 @@ import math, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .core import UserError
 from .losses import kl, pair
+from .nets import resize
 
 # %% ../nbs/learning/01d_features.ipynb #2f41a536
 def as_maps(
@@ -30,6 +31,9 @@ def cwd(
 )->Tensor: # Mean over pictures and channels
     "Channel-wise distillation: where each channel is strong"
     s,t = [o.flatten(2) for o in as_maps('cwd', student, teacher.detach())]
+    if s.shape[2]==1:
+        raise UserError(f"cwd compares the places of a channel, and {list(student.shape)} has one place: it would "
+                        "always be 0; distance and pkd compare vectors")
     return T**2 * kl(t/T, s/T)
 
 # %% ../nbs/learning/01d_features.ipynb #f0d04054
@@ -39,6 +43,7 @@ def pkd(
 )->Tensor:
     "Pearson distillation: each channel's pattern over the batch, whatever its mean and spread"
     s,t = [o.transpose(0, 1).flatten(1) for o in as_maps('pkd', student, teacher.detach())]
+    if s.shape[1]<2: return 0.*s.sum()
     s,t = [(o-o.mean(1, keepdim=True)) / (o.std(1, keepdim=True)+eps) for o in (s, t)]
     return (s-t).square().mean()/2
 
@@ -79,8 +84,7 @@ def _on_places(w, like):
     if w.ndim==4: w = w.amax(1)
     if w.ndim!=3 or len(w)!=len(like):
         raise UserError(f"weights of places are [N,H,W] or [N,K,H,W], not {list(w.shape)} beside {list(like.shape)}")
-    if w.shape[1:]==like.shape[2:]: return w.to(like.dtype)
-    return F.interpolate(w[:,None].to(like.dtype), like.shape[2:], mode='bilinear', align_corners=False)[:,0]
+    return resize(w[:,None].to(like.dtype), like.shape[2:])[:,0]
 
 # %% ../nbs/learning/01d_features.ipynb #c4145181
 def attention_of(

@@ -12,7 +12,7 @@ import copy, math, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from .core import UserError
-from .features import pyramid
+from .features import as_maps, pyramid
 from .losses import kd, upcast
 from .nets import Projector
 
@@ -109,7 +109,8 @@ class VID(nn.Module):
 # %% ../nbs/learning/03b_learned.ipynb #d6866cae
 class CRD(nn.Module):
     "Contrastive representation distillation, with a memory of all pictures"
-    shapes = 'any'
+    shapes,train_only = 'any',True
+    one_rank_only = "keeps a memory of all pictures, and each rank would have another one"
     def __init__(self, student, teacher, # Shapes of the features, batch first
         n:int, # Pictures in the training set
         dim:int=128, # Numbers that are kept of each
@@ -131,7 +132,7 @@ class CRD(nn.Module):
     ):
         s,t = [_pooled(o) for o in upcast(student, teacher.detach())]
         s,t,index = F.normalize(self.embed_s(s)),F.normalize(self.embed_t(t)),index.flatten()
-        self._check(index)
+        self._check(index, len(s))
         if others is None: others = torch.randint(self.n, (len(index), self.negatives), device=s.device)
         of = torch.cat([index[:,None], others], 1)
         loss = self._nce('s', s, self.memory_t[of]) + self._nce('t', t, self.memory_s[of])
@@ -147,10 +148,16 @@ def _pooled(x):
     return x.mean((2,3)) if x.ndim==4 else x.reshape(len(x), -1, x.shape[-1]).mean(1)
 
 @patch
-def _check(self:CRD, index):
-    "A number that is none of the memory's; looking is free on a CPU"
-    if index.device.type=='cpu' and len(index) and not 0<=index.min()<=index.max()<self.n:
-        raise UserError(f"CRD: n={self.n} pictures, and the batch has the number {index.max().item()}")
+def _check(self:CRD, index, n):
+    "Numbers that are none of the memory's; looking is free on a CPU"
+    if len(index)!=n or index.is_floating_point():
+        raise UserError(f"CRD wants the number of each picture in the training set, {n} whole numbers for a batch of "
+                        f"{n}, not {len(index)} of {index.dtype}")
+    if index.device.type!='cpu': return
+    odd = index[(index<0) | (index>=self.n)]
+    if len(odd):
+        raise UserError(f"CRD: a batch has picture number {odd[0].item()}, and n={self.n} says that the training set "
+                        f"has the numbers 0 to {self.n-1}; n is how many pictures there are")
 
 @patch
 def _nce(self:CRD, name, x, memory):
@@ -193,16 +200,22 @@ class ReviewKD(nn.Module):
     "Knowledge review: the student's layers, fused from the deepest on, each against the teacher's"
     shapes = 'any'
     def __init__(self,
-        *shapes, # Of the student's layers, shallow ones first, then of as many of the teacher's; [N,C,H,W] or [N,C]
+        *shapes, # Of the student's layers, shallow ones first, then of as many of the teacher's; see `as_maps`
         width:int=None, # Channels while they are fused; default: those of the student's last layer, 512 at most
     ):
         super().__init__()
-        if len(shapes)<2 or len(shapes)%2:
-            raise UserError(f"ReviewKD wants as many layers of the teacher as of the student, not {len(shapes)} in all")
+        self.check_number(shapes)
         k = len(shapes)//2
-        mine,theirs = [[s[1] for s in o] for o in (shapes[:k], shapes[k:])]
+        mine,theirs = [_channels(*o) for o in (shapes[:k], shapes[k:])]
         width = width or min(512, mine[-1])
         self.fusions = nn.ModuleList(Fusion(a, width, b, i==k-1) for i,(a,b) in enumerate(zip(mine, theirs)))
+
+    @staticmethod
+    def check_number(layers):
+        "`UserError` if they are not as many of the student as of the teacher"
+        n = len(layers)
+        if n>1 and n%2==0: return
+        raise UserError(f"ReviewKD wants as many layers of the teacher as of the student, not {n} in all")
 
     def forward(self, *features):
         k = len(self.fusions)
@@ -213,7 +226,7 @@ class ReviewKD(nn.Module):
             loss = loss + pyramid(out, t.detach())
         return loss
 
-def _map(x): return x if x.ndim==4 else x[:,:,None,None]
+def _map(x): return as_maps('ReviewKD', x, x)[0]
 
 # %% ../nbs/learning/03b_learned.ipynb #cea51f8a
 class Reused(nn.Module):

@@ -11,7 +11,7 @@ __all__ = ['soft_ce', 'nkd', 'wsl', 'ttm', 'wttm', 'correlations', 'mlkd', 'uskd
 import math, torch
 from torch import Tensor
 from .core import UserError
-from .losses import cross_entropy, kd, kl, labelled, mean_where, pair, positions, standardised, target_and_rest
+from .losses import cross_entropy, kd, kl, labelled, mean_where, pair, positions, target_and_rest
 
 # %% ../nbs/learning/01b_logits.ipynb #e4ed3091
 def soft_ce(
@@ -158,16 +158,20 @@ def ensemble(
     return T * torch.stack([(o/T).log_softmax(-1) + logw for o,logw in heard]).logsumexp(0)
 
 def kd_ensemble(
-    student:Tensor, *teachers:Tensor, # Logits [N,C] or [N,T,C]; the teachers' are detached
+    student:Tensor, *teachers:Tensor, # Logits [N,C] or [N,T,C], others with `dim`; the teachers' are detached
     weights=None, # A number for each teacher; alike if not given
     T:float=4., # Temperature
     mask:Tensor|None=None, # Which positions count, 0 or 1, [N] or [N,T]; or the labels, with `ignore_index`
+    dim:int|None=None, # The axis of the classes, e.g. 1 for [N,C,H,W]; default: the last
     ignore_index:int|None=None, # Label of the positions that do not count
     standardise:bool=False, # Give each answer its standard deviation as a temperature?
 )->Tensor:
     "Hinton's distillation from the mean of several teachers"
-    teachers = [standardised(o) if standardise else o for o in (o.detach() for o in teachers)]
-    if standardise: student = standardised(student)
-    return kd(student, ensemble(*teachers, weights=weights, T=T), T, mask, -1, ignore_index)
+    def beside(o): return pair('kd_ensemble', student, o.detach())
+    how = dict(mask=mask, dim=dim, ignore_index=ignore_index, standardise=standardise)
+    each = [positions('kd_ensemble', *beside(o), **how) for o in teachers]
+    together = ensemble(*[t for _,t,_ in each], weights=weights, T=T)
+    s,_,mask = each[0]
+    return T**2 * kl(together/T, s/T, mask)
 
 kd_ensemble.shapes = 'same'

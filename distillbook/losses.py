@@ -7,7 +7,8 @@ Docs: https://distillbook.github.io/distillbook/learning/losses.html.md"""
 # %% auto #0
 __all__ = ['upcast', 'pair', 'mean_where', 'kl', 'standardised', 'positions', 'counting', 'channels', 'element_mask',
            'feature_mask', 'kd', 'dml', 'without', 'kljs', 'dml_paddle', 'kl_paddle', 'distance', 'target_and_rest',
-           'labelled', 'dkd', 'one_minus_cos', 'dist', 'cosine', 'cross_entropy', 'attention', 'attention_transfer']
+           'labelled', 'dkd', 'unit', 'half_square', 'dist', 'cosine', 'cross_entropy', 'attention',
+           'attention_transfer']
 
 # %% ../nbs/learning/01_losses.ipynb #2f759b6a
 from functools import partial
@@ -75,9 +76,12 @@ def positions(
                         "dim=1 says that it is the second, as in [N,C,H,W]; dim=-1 the last")
     if dim is not None and not -a.ndim<=dim<a.ndim: raise UserError(f"{name}: {list(a.shape)} has no axis {dim}")
     a,b = [o.movedim(-1 if dim is None else dim, -1) for o in (a, b)]
-    if standardise: a,b = standardised(a),standardised(b)
+    if a.shape[-1]==1:
+        raise UserError(f"{name}: one class has the probability 1 always, so that there is nothing to learn; for maps "
+                        "of probabilities there are kljs and distance")
     mask = counting(name, mask, a.shape[:-1], ignore_index)
     if mask is not None: a,b = [o.masked_fill(~mask[...,None], 0.) for o in (a, b)] # NaN may stand in the padding
+    if standardise: a,b = standardised(a),standardised(b)
     return [a, b, mask]
 
 def counting(name, mask, shape, ignore_index=None):
@@ -255,11 +259,11 @@ def labelled(
     dim:int|None=None, ignore_index:int=-100, standardise:bool=False, # See `positions`
 )->list: # Both with the classes last, the targets, 0 where there is none, and where there is one
     "Logits with the class of each position"
-    a,b,_ = positions(name, *pair(name, a, b), dim=dim, standardise=standardise)
+    a,b,_ = positions(name, *pair(name, a, b), dim=dim)
     if targets.shape!=a.shape[:-1] and targets.shape!=(*a.shape[:-1],1):
         raise UserError(f"{name} wants a class for each position, {list(a.shape[:-1])}, "
                         f"not targets of shape {list(targets.shape)}")
-    a,b,mask = positions(name, a, b, targets, -1, ignore_index)
+    a,b,mask = positions(name, a, b, targets, -1, ignore_index, standardise)
     return [a, b, targets.reshape(mask.shape).masked_fill(~mask, 0), mask]
 
 
@@ -286,13 +290,20 @@ dkd.shapes = 'same'
 
 
 # %% ../nbs/learning/01_losses.ipynb #eead2cfd
-def one_minus_cos(
-    x:Tensor, y:Tensor, # Two tensors of one shape
+def unit(
+    x:Tensor, # Any tensor
     dim:int, # The axis of the vectors
+    least:float|Tensor=1e-4, # Length below which a vector stays shorter than 1; a number, or one for each
+)->Tensor:
+    "Vectors of length 1"
+    return x / x.norm(dim=dim, keepdim=True).clamp(min=least)
+
+def half_square(
+    x:Tensor, y:Tensor, # Two tensors of one shape, of `unit` vectors
+    dim:int, # Their axis
     mask:Tensor|None=None, # Which of the vectors count, bool, without that axis
 )->Tensor: # Mean over the other axes
-    "1 - cos of the angle between `x` and `y`, as half the squared distance of the unit vectors"
-    x,y = [F.normalize(o, dim=dim, eps=1e-4) for o in (x, y)]
+    "1 - cos of the angle between `x` and `y`, as half their squared distance"
     return mean_where(((x-y)**2).sum(dim), mask) / 2
 
 
@@ -311,15 +322,21 @@ def dist(
     *logits,mask = positions('dist', *pair('dist', student, teacher.detach()), mask, dim, ignore_index, standardise)
     s,t = [(o/T).softmax(-1).flatten(0,-2) for o in logits]
     if mask is not None: mask = mask.flatten()
-    rows = one_minus_cos(*[o - o.mean(1, keepdim=True) for o in (s, t)], 1, mask)
-    columns = one_minus_cos(*[_centred(o, mask) for o in (s, t)], 0)
+    rows = half_square(*[_deviations(o, o.mean(1, keepdim=True), 1) for o in (s, t)], 1, mask)
+    columns = half_square(*[_of_columns(o, mask) for o in (s, t)], 0)
     return T**2 * (beta*rows + gamma*columns)
 
-def _centred(x, mask):
-    "Columns minus their mean; rows that do not count become 0"
-    if mask is None: return x - x.mean(0, keepdim=True)
-    x = x.masked_fill(~mask[:,None], 0.)
-    return (x - x.sum(0)/mask.sum().clamp(min=1)).masked_fill(~mask[:,None], 0.)
+def _deviations(p, mean, dim, mask=None):
+    "What probabilities are beside their mean, of length 1; shorter if it is next to nothing beside the probabilities"
+    least = (1e-4*p.detach().norm(dim=dim, keepdim=True)).clamp(min=1e-8)
+    return unit(*without(mask, p-mean), dim, least)
+
+def _of_columns(p, mask):
+    "The same of columns; rows that do not count become 0"
+    if mask is None: return _deviations(p, p.mean(0), 0)
+    mask = mask[:,None]
+    p, = without(mask, p)
+    return _deviations(p, p.sum(0)/mask.sum().clamp(min=1), 0, mask)
 
 dist.shapes = 'same'
 
@@ -333,7 +350,7 @@ def cosine(
     "1 - cosine similarity of the channels, with gradients into both"
     (a,b),dim = pair('cosine', a, b),channels(a)
     mask = feature_mask('cosine', a, mask, ignore_index)
-    return one_minus_cos(a, b, dim, None if mask is None else mask.select(dim, 0))
+    return half_square(unit(a, dim), unit(b, dim), dim, None if mask is None else mask.select(dim, 0))
 
 
 # %% ../nbs/learning/01_losses.ipynb #08ac6686
@@ -370,8 +387,9 @@ def attention_transfer(
     mask = _places('attention_transfer', a, mask, ignore_index)
     a,b = [attention(*without(_at_size(mask, o), o)) for o in upcast(a, b)]
     size = [min(o) for o in zip(a.shape[1:], b.shape[1:])]
-    a,b = [F.adaptive_avg_pool2d(o, size).flatten(1) for o in (a, b)]
-    return 2*one_minus_cos(a, b, 1, None if mask is None else mask.flatten(1).any(1))
+    if size==[1,1]: raise UserError("attention_transfer compares places, and here is one: it would always be 0")
+    a,b = [unit(F.adaptive_avg_pool2d(o, size).flatten(1), 1, 1e-8) for o in (a, b)] # Squares are small
+    return 2*half_square(a, b, 1, None if mask is None else mask.flatten(1).any(1))
 
 def _places(name, x, mask, ignore_index):
     "A mask of the places of a picture, at its own size, bool [N,h,w]"

@@ -17,18 +17,22 @@ from .nets import float32
 
 # %% ../nbs/learning/06_precision.ipynb #372f87cd
 class GPUMixedPrecision(MixedPrecision):
-    "fastai's, for whatever form the networks' outputs have; an error in a batch does not leave autocast switched on"
+    "fastai's, for whatever form the networks' outputs have, and for the networks alone: losses are in float32"
     name,inside = 'mixed_precision',False
     def before_batch(self):
         super().before_batch()
         self.inside = True
 
-    def after_pred(self): self.learn.pred = float32(self.pred)
-    def after_loss(self):
+    def after_pred(self):
+        self._leave()
+        self.learn.pred = float32(self.pred)
+
+    def after_loss(self): pass
+    def _leave(self):
         if self.inside: super().after_loss()
         self.inside = False
 
-    def cleanup(self): self.after_loss()
+    def cleanup(self): self._leave()
 
 # %% ../nbs/learning/06_precision.ipynb #f133ee37
 class Float32Conv(nn.Conv2d):

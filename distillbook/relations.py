@@ -104,7 +104,9 @@ def itrd_correlation(
     alpha:float=1.01, # Power of what is missing
 )->Tensor:
     "Information-theoretic distillation: channels correlated over the batch"
-    s,t = [(o-o.mean(0))/o.std(0).clamp(min=1e-12) for o in of_one_batch('itrd_correlation', student, teacher)]
+    s,t = of_one_batch('itrd_correlation', student, teacher)
+    if len(s)<2: return 0.*s.sum()
+    s,t = [(o-o.mean(0))/o.std(0).clamp(min=1e-12) for o in (s, t)]
     missing = ((s*t).sum(0)/len(s) - 1).square()
     return missing.pow(alpha).sum().log2()
 
@@ -114,7 +116,8 @@ def itrd_mutual(
     "Information-theoretic distillation: nothing in the student's likenesses that is not in the teacher's"
     gs,gt = [o@o.T for o in (F.normalize(f) for f in of_one_batch('itrd_mutual', student, teacher))]
     both = gs*gt
-    return (gs/gs.trace()).square().sum() - (both/both.trace()).square().sum()
+    gs,both = [o/o.trace().clamp(min=1e-12) for o in (gs, both)]
+    return gs.square().sum() - both.square().sum()
 
 def itrd(student:Tensor, teacher:Tensor,
     correlation:float=2., # Weight of the first

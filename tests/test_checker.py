@@ -95,6 +95,8 @@ LISTS = { # Where something is put, in a file of ours; what; and the keys of all
     'networks of a row': ('rec/ppocrv4_distillation', (*ROWS,1,'DistillationCTCLoss','model_name_list'), ['Student','Studen','Teachr'], ['', '']),
     'pairs and keys of a row': ('rec/ppocrv4_distillation', (*ROWS,0,'DistillationDKDLoss'), dict(PAIR, model_name_pairs=[['Studen','Teacher'],['Student','Teachr']], alphas=1., weight='much', beta='two'), ['model_name_pairs', 'model_name_pairs', 'alphas', 'weight', 'beta']),
     'rows': ('rec/ppocrv4_distillation', ROWS, [dict(DistillationDKDLos=PAIR), 3, dict(DistillCTCLogits=dict(PAIR, weight=None)), dict(Term=dict(loss='kdd', on=['Student.head_out','Techer.head_out']))], ['0.DistillationDKDLos', '1', '2.DistillCTCLogits', '3.Term.loss', '3.Term.on']),
+    'losses that learn': ('rec/ppocrv4_distillation', ROWS, [dict(Term=dict(loss='CRD', on=['Student.backbone','Teacher.backbone'], n=100)), dict(Term=dict(loss='CRD', on=['Student.backbone','Teacher.backbone'], m=100)), dict(Term=dict(loss='ReviewKD', on=['Student.backbone']))],
+        ['0.Term', '1.Term.m', '1.Term', '1.Term', '2.Term.on']),
     'maps': ('det/ppocrv4_cml', (*ROWS,1,'DistillationDMLLoss','maps_name'), ['thrink_map','binary_map','binary_maps'], ['', '']),
     'decoded networks': ('det/ppocrv4_cml', ('PostProcess','model_name'), ['Studen','Teacher','Tutor'], ['', '']),
     'operations': ('det/ppocrv4_cml', ('Train','dataset','transforms'), [dict(DecodeImages={}), dict(MakeShrinkMap=dict(shrink_ratio='much', min_text_size='small', ratios=3)), dict(KeepKeys=dict(keep_keys=['image']))], ['0.DecodeImages', '1.MakeShrinkMap.ratios']),
@@ -119,6 +121,16 @@ def test_every_list_is_gone_through(what):
     begins = '.'.join(map(str, path))
     wanted = [f'{begins}.{k}' if k else begins for k in keys]
     assert [k for k in wanted if found.count(k)<wanted.count(k)]==[], (found, [str(e) for e in refusals(config)])
+
+SIZES = {'a number': ('det/ppocrv3_cml', 'size: [960, 960]', 'size: 640', ['Train.dataset.transforms.4.EastRandomCropData']), 'three': ('det/ppocrv3_cml', 'size: [960, 960]', 'size: [640, 640, 3]', ['Train.dataset.transforms.4.EastRandomCropData']),
+    'a height': ('rec/ppocrv3', '&shape [3, 48, 320]', '&shape 48', ['Train.dataset.transforms.4.RecResizeImg.image_shape', 'Eval.dataset.transforms.2.RecResizeImg.image_shape'])}
+@pytest.mark.parametrize('what', SIZES)
+def test_a_size_that_is_none_is_said_once(tmp_path, what):
+    "It is read by the operation, and by what asks how large the pictures are"
+    name,old,new,keys = SIZES[what]
+    text = Path(read_config(name).path).read_text(encoding='utf-8')
+    found = refusals(read_config(write(tmp_path, changed(text, (old, new)))))
+    assert [e.spot[2] for e in found]==keys, list(map(str, found))
 
 def test_nothing_is_said_twice_of_what_depends_on_it(tmp_path):
     "A network that begins with one that was refused is not refused for that"

@@ -1,7 +1,7 @@
 "Means over time: equal to the plain formula, at rest unless they teach, saved, taken up to the last bit, and as PaddleOCR's files ask for them"
 import copy, json
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F
+import onnx, pytest, torch, torch.nn.functional as F
 from fastai.basics import Callback, DataLoader, DataLoaders, set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -11,12 +11,14 @@ from distillbook.config import build_loss, build_terms, experiment, load_config
 from distillbook.config.assembly import ready_networks
 from distillbook.config.networks import all_names, ema_names
 from distillbook.core import UserError
-from distillbook.ema import EMA, KINDS, Shares, decay_at, follow
+from distillbook.ema import EMA, KINDS, Shares, decay_at, follow, step_mean
 from distillbook.learner import distill_learner
-from distillbook.losses import kd
+from distillbook.losses import distance, kd
 from distillbook.nets import Nets
-from distillbook.terms import Term
+from distillbook.terms import Term, Terms
 from distillbook.use.training import evaluate_sets, train
+from distillbook.use.weights import read_weights
+from test_cli import inside
 from test_paddle_det import pages
 
 torch.set_num_threads(1)
@@ -162,3 +164,45 @@ def test_settings_that_are_none(key, value, says):
     if cfg is None:
         with pytest.raises(UserError, match='use_ema'): ema_names(dict(Global=dict(use_ema=value), Architecture={}))
     else: assert any(says in str(e) for e in refusals(cfg))
+
+def test_tied_weights_take_one_step():
+    class Tied(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.a = nn.Linear(2, 2, bias=False)
+            self.b = self.a
+            nn.init.constant_(self.a.weight, value)
+    nets = follow(Nets(dict(S=Tied(0.))), dict(E='S'))
+    nn.init.constant_(nets['S'].a.weight, 1.)
+    step_mean(nets['E'], nets['S'], .5)
+    assert nets['E'].b.weight.unique().tolist()==[.5]
+
+def test_the_mean_is_what_goes_out(tmp_path, monkeypatch):
+    "`export` and `extract` take the network that was measured, and each card has its own network's numbers"
+    monkeypatch.chdir(tmp_path)
+    cfg = dict(Global=dict(save_model_dir='run', epoch_num=2, use_ema=True, ema_decay=.9, use_gpu=False, character_dict_path=str(CONFIGS/'rec/digits_and_letters.txt'), max_text_length=8, eval_batch_step=[0, 2]),
+        Architecture=dict(model_type='rec', algorithm='X', Backbone=dict(name='PlainBackbone', channels=[8,8,8,8]), Neck=dict(name='SequenceEncoder', encoder_type='reshape'), Head=dict(name='CTCHead', fc_decay=0)),
+        Loss=dict(name='CTCLoss'), Optimizer=dict(name='Adam', lr=dict(learning_rate=.001)), PostProcess=dict(name='CTCLabelDecode'), Metric=dict(name='RecMetric', main_indicator='acc'),
+        **{s: dict(dataset=dict(name='RenderedLines', words=16, skip=k, fonts='dejavu', transforms=[dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,96])), dict(KeepKeys=dict(keep_keys=['image','label','length']))]),
+            loader=dict(batch_size_per_card=8, num_workers=0, shuffle=s=='Train')) for s,k in (('Train',0), ('Eval',16))})
+    Path('ema.yml').write_text(json.dumps(cfg))
+    assert inside('train', '-c', 'ema.yml').returncode==0
+    made, = json.loads(inside('export', '--run', 'run', '--json').stdout)
+    assert Path(made).name=='EMA.onnx'
+    inside('export', '--run', 'run', '--net', 'all')
+    numbers = load_file('run/best_accuracy.pth')['metrics']
+    about = {n: json.loads({p.key: p.value for p in onnx.load(f'run/inference/{n}.onnx').metadata_props}['metrics']) for n in ('EMA','Model')}
+    assert about['EMA']['norm_edit_dis']==pytest.approx(numbers['norm_edit_dis']) and about['Model']=={k: pytest.approx(v) for k,v in numbers.items() if k.startswith('Model_') and 'fps' not in k}
+    assert inside('extract', 'run', '-o', 'mean.safetensors').returncode==0
+    state = load_file('run/best_accuracy.pth')['model']
+    assert all(torch.equal(v, state[f'EMA.{k}']) for k,v in read_weights('mean.safetensors').items())
+
+def test_networks_that_are_connected_keep_their_projectors():
+    teacher,student,x = nn.Linear(4,8),nn.Linear(4,3),torch.randn(5,4)
+    nets = Nets(dict(Teacher=teacher, Student=student), frozen=['Teacher'])
+    loss = Terms(nets, [Term(distance, 'Student', 'Teacher', name='hint')])
+    loss.connect((x,))
+    more = follow(nets, dict(EMA='Student'))
+    assert set(nets.state_dict())<set(more.state_dict()) and more._modules['_projectors'] is nets._modules['_projectors']
+    want,loss.nets = loss(nets(x)),more
+    assert torch.equal(loss(more(x)), want)

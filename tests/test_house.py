@@ -85,3 +85,20 @@ def test_readme_has_the_commands_and_the_sentence_about_the_twin():
     assert 'git clone https://github.com/distillbook/distillbook' in text
     table = text.index('| twin, labels alone')
     assert table < text.index('is not ahead for ever') < table + 600
+
+
+MACHINE = re.compile(r'(?<![\w.])/(tmp|work|root|home)/')
+
+def written(output):
+    "The texts of a saved output; pictures are left out"
+    data = output.get('data', {})
+    return [''.join(o) for k,o in (*data.items(), ('text', output.get('text', ''))) if not k.startswith(('image/','application/'))]
+
+@pytest.mark.parametrize('nb', [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob('nbs/**/*.ipynb'))])
+def test_saved_outputs_name_no_folder_of_a_machine(nb):
+    found = [(c.id, o) for c in read_nb(ROOT/nb).cells for out in c.get('outputs', []) for o in written(out) if MACHINE.search(o)]
+    assert not found
+
+def test_folders_of_a_machine_are_found():
+    for text in ("['/tmp/x/a.png']", 'at /home/me/a.py', '/work/x', 'file:///root/x'): assert any(map(MACHINE.search, written(dict(text=[text])))) and MACHINE.search(written(dict(data={'text/plain': text, 'image/png': 'a/tmp/b'}))[0])
+    assert not any(map(MACHINE.search, written(dict(data={'image/png': '=/tmp/', 'text/html': 'a/work/b output/tmp/ at ./tmp/x'}))))

@@ -7,18 +7,18 @@ from scipy.stats import norm as normal
 from torch import nn
 from torch.autograd import gradcheck
 
-from distillbook.balance import Pull, Ratio, Uncertainty
+from distillbook.balance import Pull, Ratio, RunningMean, Uncertainty
 from distillbook.config.losses import build_loss, build_terms
 from distillbook.config.registry import LOSSES, PROJECTORS, WEIGHTS
 from distillbook.core import UserError
-from distillbook.features import attention_of, cwd, fgd, ofd, ofd_margin, pkd, pyramid, weighted_distance
+from distillbook.features import _on_places, attention_of, cwd, fgd, ofd, ofd_margin, pkd, pyramid, weighted_distance
 from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, Reused, ReviewKD, VID
 from distillbook.logits import correlations, ensemble, kd_ensemble, mlkd, nkd, ttm, uskd, wsl, wttm
-from distillbook.losses import cosine, dist, distance, dkd, dml, kd, standardised
+from distillbook.losses import attention_transfer, cosine, dist, distance, dkd, dml, kd, standardised
 from distillbook.nets import Nets
 from distillbook.rec.frames import by_character, ctc_aligned, ctc_kd, ctc_pseudo, dctc, own_alignment, readings
 from distillbook.rec.losses import Walks, ctc_loss
-from distillbook.relations import angles, distances, itrd_correlation, itrd_mutual, pkt, rkd, rkd_angle, rkd_distance, sp
+from distillbook.relations import angles, distances, itrd, itrd_correlation, itrd_mutual, pkt, rkd, rkd_angle, rkd_distance, sp
 from distillbook.terms import Term, Terms
 
 torch.set_num_threads(1)
@@ -47,6 +47,20 @@ def test_standardise_of_padding_has_a_gradient():
     s = torch.zeros(2,3,5, requires_grad=True)
     kd(s, randn(2,3,5).float(), mask=torch.tensor([[1,0,1]]*2), standardise=True).backward()
     assert s.grad.isfinite().all()
+
+@pytest.mark.parametrize('odd', (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize('f', (kd, dml, dist, dkd, nkd, wsl, ttm, wttm, mlkd, kd_ensemble), ids=lambda f: f.__name__)
+def test_standardised_padding_may_hold_anything(f, odd):
+    mask = torch.tensor([[1,1,0],[1,0,1]])
+    s,t = randn(2,3,5, seed=1),randn(2,3,5, seed=2)
+    key = dict(targets=torch.tensor([[1,4,-100],[0,-100,2]])) if f in (dkd, nkd, wsl) else dict(mask=mask)
+    want = f(s, t, **key, standardise=True)
+    for o in (s, t): o[mask==0] = odd
+    s.requires_grad_()
+    got = f(s, t, **key, standardise=True)
+    got.backward()
+    close(got, want.item())
+    assert s.grad.isfinite().all() and s.grad.abs().sum()>0
 
 @pytest.mark.parametrize('T,gamma', ((1.,1.5), (3.,.7)))
 def test_nkd_written_out(T, gamma):
@@ -107,6 +121,23 @@ def test_ensembles():
     for weights in ([1], [1,-1], [0,0]):
         with pytest.raises(UserError, match='a weight of 0 or more'): ensemble(s, t, weights=weights)
 
+def test_an_ensemble_wants_to_know_where_the_classes_are_as_kd_does():
+    s,t,u = [randn(2,5,3,4, seed=i) for i in EACH[:3]]
+    for f in (kd, kd_ensemble):
+        with pytest.raises(UserError, match=f'{f.__name__}: which axis'): f(s, t)
+    mask = torch.tensor([1,0,1,1]).expand(2,3,4)
+    last = [o.movedim(1, -1) for o in (s, t, u)]
+    close(kd_ensemble(s, t, u, dim=1, mask=mask, weights=[1,3]), kd_ensemble(*[o.flatten(1,2) for o in last], mask=mask.flatten(1), weights=[1,3]).item())
+    close(kd_ensemble(s, t, dim=1), kd(s, t, dim=1).item())
+    with pytest.raises(UserError, match='kd_ensemble wants two outputs of the same shape'): kd_ensemble(s, t, u[:1], dim=1)
+    with pytest.raises(UserError, match='each of 0 teachers'): kd_ensemble(s)
+
+@pytest.mark.parametrize('f', (kd, dml, dist, dkd, nkd, wsl, ttm, wttm, mlkd, kd_ensemble, uskd), ids=lambda f: f.__name__)
+def test_one_class_is_no_question(f):
+    "A softmax of one number is 1 whatever it is: the loss of a map [N,1,H,W] would be 0 for any two"
+    x,key = randn(4,1),dict(targets=torch.zeros(4, dtype=torch.long)) if f in (dkd, nkd, wsl, uskd) else {}
+    with pytest.raises(UserError, match='one class has the probability 1 always'): f(x, x+1, **key)
+
 # ---- relations
 
 FEATURES = randn(7, 4, seed=3),randn(7, 6, seed=4)
@@ -143,14 +174,19 @@ def test_itrd_written_out():
     gs,both = gram(a),gram(a)*gram(b)
     close(itrd_mutual(torch.tensor(a), torch.tensor(b)), ((gs/9)**2).sum()-((both/np.trace(both))**2).sum())
 
+@pytest.mark.parametrize('value', (0., 1.))
+@pytest.mark.parametrize('f', (sp, rkd, rkd_distance, rkd_angle, pkt, itrd_mutual, itrd_correlation, itrd, pkd), ids=lambda f: f.__name__)
+def test_one_picture_has_no_relations(f, value):
+    "The last batch of an epoch may be one picture: 0, with a way back for the gradient"
+    x = torch.full((1,4), value, requires_grad=True)
+    loss = f(x, torch.randn(1,4))
+    loss.backward()
+    assert x.grad.isfinite().all() and (loss==0 or f is sp and value==0) # To sp nothing is like itself
+
 @pytest.mark.parametrize('f', (sp, rkd, pkt, itrd_mutual), ids=lambda f: f.__name__)
-def test_relations_of_any_width_flatten_and_of_one_picture_are_numbers(f):
+def test_relations_of_any_width_flatten(f):
     a,b = FEATURES
     close(f(a.view(7,2,2), b.view(7,3,2,1)), f(a, b).item())
-    x = torch.ones(1, 4, requires_grad=True)
-    loss = f(x, torch.ones(1, 6))
-    loss.backward()
-    assert loss.isfinite() and x.grad.isfinite().all()
     with pytest.raises(UserError, match='features of one batch'): f(a, b[:3])
 
 @pytest.mark.parametrize('f', (sp, rkd, pkt, itrd_mutual, itrd_correlation), ids=lambda f: f.__name__)
@@ -173,6 +209,25 @@ def test_cwd_and_pkd_written_out():
     close(pkd(*MAPS), ((standard(s)-standard(t))**2).mean()/2)
     close(cwd(*[o.flatten(2).mT for o in MAPS]), cwd(*MAPS).item())
     close(pkd(*[o.flatten(2).mT for o in MAPS]), pkd(*MAPS).item())
+
+def test_one_place_has_no_pattern():
+    "cwd and attention_transfer would be 0 for any two, and pkd divides by a deviation of one number"
+    for a,b in [(torch.randn(3,4), torch.randn(3,4)), (torch.randn(3,1,4), torch.randn(3,1,4)), (torch.randn(3,4,1,1), torch.randn(3,4,1,1))]:
+        with pytest.raises(UserError, match='has one place'): cwd(a, b)
+        assert pkd(a, b)>0 and pkd(a[:1], b[:1])==0
+    with pytest.raises(UserError, match='here is one'): attention_transfer(torch.randn(3,4,1,1), torch.randn(3,5,6,6))
+    assert cwd(torch.randn(3,4,1,2), torch.randn(3,4,1,2))>0
+
+def test_small_masks_are_means():
+    "A line of text one pixel wide does not fall between the places of a small map"
+    mask = torch.zeros(2,64,64)
+    mask[:,:,20] = 1
+    assert (_on_places(mask, torch.zeros(2,3,8,8))==torch.eye(8)[2]/8).all()
+    s,t = randn(2,3,8,8),randn(2,3,8,8, seed=1)
+    want = torch.zeros(2,8,8)
+    want[:,:,2] = 1/8
+    close(fgd(s, t, mask, alpha=1., beta=0., gamma=0.), fgd(s, t, want, alpha=1., beta=0., gamma=0.).item())
+    close(weighted_distance(s, t, mask), (s-t)[...,2].square().mean().item())
 
 def test_ofd_written_out():
     s,t = numpys(*MAPS)
@@ -285,7 +340,35 @@ def test_crd_written_out():
     before = crd.memory_t.clone()
     crd.eval()(s, t, i, others)
     assert torch.equal(before, crd.memory_t)
-    with pytest.raises(UserError, match='n=10 pictures, and the batch has the number 10'): crd(s, t, torch.tensor([1,2,10]))
+    for odd in (10, -1):
+        with pytest.raises(UserError, match=f'picture number {odd}, and n=10 says that the training set has the numbers 0 to 9'): crd(s, t, torch.tensor([1,2,odd]))
+    for wrong in (torch.tensor([1,2]), torch.tensor([1.,2.,3.])):
+        with pytest.raises(UserError, match='3 whole numbers for a batch of 3'): crd(s, t, wrong)
+
+def test_crd_is_for_training_only():
+    "In validation the numbers are those of other pictures"
+    nets = two()
+    loss = connected(nets, [Term(partial(CRD, n=6, dim=4, negatives=3), 'Student.1', 'Teacher.1', targets=[0], name='crd'), Term(kd, 'Student', 'Teacher', name='kd')], X, NUMBERS)
+    assert loss.train_only=={'crd'}
+    before = copy.deepcopy(nets.state_dict())
+    loss(nets.eval()(X), NUMBERS+100)
+    assert list(loss.parts)==['kd'] and all(torch.equal(v, before[k]) for k,v in nets.state_dict().items())
+    loss(nets.train()(X), NUMBERS)
+    assert list(loss.parts)==['crd','kd']
+
+def test_a_memory_is_of_one_rank(monkeypatch):
+    "Refused before the first step, on any of several ranks"
+    from fastai.basics import DataLoader, DataLoaders
+    from torch.utils.data import TensorDataset
+    import distillbook.devices as devices
+    from distillbook.learner import distill_learner
+    data = TensorDataset(X, NUMBERS)
+    dls = DataLoaders(DataLoader(data, bs=6), DataLoader(data, bs=6))
+    def learner(*terms): return distill_learner(dls, dict(Teacher=mlp(12), Student=mlp(5)), list(terms), frozen='Teacher', cbs=devices.Ranks(None))
+    monkeypatch.setattr(devices, 'num_distrib', lambda: 2)
+    learn = learner(Term(kd, 'Student', 'Teacher'), Term(partial(CRD, n=6, dim=4, negatives=3), 'Student.1', 'Teacher.1', targets=[0], name='crd'))
+    with learn.no_bar(), pytest.raises(UserError, match="term 'crd' keeps a memory of all pictures, and each rank would have another one: train with one rank"): learn.fit(1)
+    with learner(Term(kd, 'Student', 'Teacher')).no_bar() as other, pytest.raises(AttributeError): other.fit(1) # Comes as far as the group of ranks, of which there is none
 
 def test_reviewkd_of_one_layer_and_odd_numbers():
     review = ReviewKD((2,4,6,6), (2,8,3,3)).eval()
@@ -294,6 +377,17 @@ def test_reviewkd_of_one_layer_and_odd_numbers():
     want = pyramid(f.widen(F.interpolate(f.narrow(s), (3,3), mode='nearest')), t)
     close(review(s, t), want.item(), 1e-5)
     with pytest.raises(UserError, match='as many layers'): ReviewKD((2,4), (2,4), (2,4))
+
+def test_reviewkd_of_sequences_is_that_of_maps_of_one_row():
+    s,t = torch.randn(2,7,4),torch.randn(2,5,6)
+    torch.manual_seed(0)
+    a = ReviewKD(s.shape, t.shape)
+    torch.manual_seed(0)
+    b = ReviewKD((2,4,1,7), (2,6,1,5))
+    close(a(s, t), b(s.mT[:,:,None], t.mT[:,:,None]).item(), 1e-5)
+    nets = Nets(dict(Teacher=nn.Linear(3,6), Student=nn.Linear(3,4)), frozen=['Teacher'])
+    loss = connected(nets, [Term(ReviewKD, 'Student', 'Teacher')], torch.randn(2,7,3))
+    assert loss(nets(torch.randn(2,7,3))).isfinite()
 
 def test_ctkd_goes_against_the_student():
     s,t = randn(8,5, scale=3.),randn(8,5, seed=1, scale=3.)
@@ -358,6 +452,32 @@ def test_an_object_with_parameters_is_copied():
     assert a is not own and a is not b
     with pytest.raises(UserError, match='Terms.connect'): Terms(two(), terms)(two()(X))
 
+class Scaled(nn.Module):
+    "With a parameter, a buffer or both"
+    def __init__(self, learns=True, remembers=True):
+        super().__init__()
+        if learns: self.scale = nn.Parameter(torch.ones(()))
+        if remembers: self.register_buffer('seen', torch.zeros(()))
+    def forward(self, a, b, by=1.):
+        if hasattr(self, 'seen') and self.training: self.seen += 1
+        return by*getattr(self, 'scale', 1.)*(a-b).square().mean()
+
+@pytest.mark.parametrize('learns,remembers', ((True,False), (False,True), (True,True)), ids=['learns','remembers','both'])
+@pytest.mark.parametrize('wrap', (lambda o: o, lambda o: partial(o, by=2.), lambda o: partial(partial(o, by=3.), by=2.)), ids=['itself','partial','partial twice'])
+def test_what_an_object_has_goes_beside_the_projectors(wrap, learns, remembers):
+    "Parameters are trained, buffers saved; a partial of the object as well"
+    own = Scaled(learns, remembers)
+    nets = two()
+    loss = connected(nets, [Term(wrap(own), 'Student', 'Teacher', name='own')], X)
+    kept = nets._modules['_projectors']._modules['own loss']
+    assert kept is not own and set(kept.state_dict())==set(own.state_dict())
+    value = loss(nets.train()(X))
+    outs = nets(X)
+    close(value, ((outs['Student']-outs['Teacher']).square().mean()*(1. if wrap(own) is own else 2.)).item(), 1e-6)
+    value.backward()
+    assert not learns or kept.scale.grad is not None and own.scale.grad is None
+    assert not remembers or kept.seen==1 and own.seen==0
+
 def test_what_cannot_be_a_loss():
     with pytest.raises(UserError, match=r"nn.MSELoss\(\)"): Term(nn.MSELoss, 'A', 'B')
     with pytest.raises(UserError, match='is made by Terms.connect'): Terms(two(), Term(VID, 'Student', 'Teacher'))(two()(X))
@@ -377,6 +497,45 @@ def test_pull_has_the_norm_that_is_asked_for():
     close(g.norm(), .5, 1e-5)
     assert w.eval()(torch.tensor(1.), z.detach()).isfinite()
     with pytest.raises(UserError, match='a tensor'): w.train()(z.mean(), dict(a=z))
+
+@pytest.mark.parametrize('odd', (math.inf, -math.inf, math.nan))
+def test_one_infinite_value_is_no_mean(odd):
+    "Half precision overflows now and then; the weight of the next step must be a number, and that of before"
+    mean = RunningMean(.5)
+    for v in (2., odd, 4.): mean.add(torch.tensor(v))
+    close(mean(), (2*.25+4*.5)/.75, 1e-6)
+    for w in (Ratio(), Pull()):
+        z = torch.ones(3, requires_grad=True)
+        for by in (1., odd, 1.): last = w((by*z).sum(), z)
+        assert last.isfinite() and last>0
+
+def test_pull_is_at_the_student_before_its_projector():
+    torch.manual_seed(0)
+    nets = two()
+    loss = connected(nets, [Term(distance, 'Student.1', 'Teacher.1', weight=Pull(3.), name='hint')], X)
+    assert 'hint' in nets._modules['_projectors']._modules
+    outs = nets(X)
+    total = loss(outs)
+    g, = torch.autograd.grad(total, nets.find('Student.1', outs))
+    close(g.norm(), 3., 1e-4)
+
+@pytest.mark.parametrize('weight,says', [(lambda pct: 1/(1-pct), 'fails at 100% of training: ZeroDivisionError'), (lambda: 1., 'fails at 0% of training: TypeError'), (lambda pct: torch.ones(2), r'at 0% of training it makes a tensor of shape \[2\]'),
+    (lambda pct: None, 'fails at 0% of training'), (Pull(), 'has to be a tensor')], ids=['at the end','no progress','two numbers','nothing','no tensor'])
+def test_a_weight_is_tried_when_terms_are_connected(weight, says):
+    class Dict(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(8, 5)
+        def forward(self, x): return dict(a=self.lin(x))
+    term = Term(lambda o: o['a'].mean(), 'Student', weight=weight, name='own')
+    with pytest.raises(UserError, match=says): connected(Nets(dict(Student=Dict())).train(), [term], X)
+
+@pytest.mark.parametrize('weight', (Ratio, partial(Pull, 2.), Uncertainty), ids=['Ratio','Pull','Uncertainty'])
+def test_a_weight_is_no_class(weight):
+    with pytest.raises(UserError, match=r"weight is made before it is given: weight=\w+\(\)"): Term(kd, 'Student', 'Teacher', weight=weight)
+
+def test_trying_leaves_no_trace_in_a_weight():
+    nets = two()
+    loss = connected(nets, [Term(kd, 'Student', 'Teacher', weight=Ratio(), name='kd')], X)
+    assert loss.terms[0].weight.mean.seen==0
 
 def test_uncertainty_and_its_price():
     w = Uncertainty(.25)
@@ -467,6 +626,23 @@ def test_ctc_aligned_ignores_where():
     ctc_aligned(s, t, LABEL, LENGTH).backward()
     assert s.grad.isfinite().all() and s.grad.abs().sum()>0
 
+def test_dctc_of_a_line_of_which_ctc_is_sure():
+    "CTC is 0 where all the probability is on the label; dctc still asks for one alignment, and only a line that cannot be written is left out"
+    z = torch.tensor([[[0.,0.],[-99.,99.]]])
+    label,one = torch.tensor([[1]]),torch.tensor([1])
+    assert ctc_loss(z, label, one).abs()<1e-6
+    close(dctc(z, label, one), np.log(2), 1e-5)
+    certain = torch.full((1,4,5), -99.)
+    for t,c in enumerate([1,0,2,2]): certain[0,t,c] = 99.
+    classes,possible = own_alignment(certain, torch.tensor([[1,2]]), torch.tensor([2]))
+    assert classes.tolist()==[[1,0,2,2]] and possible.all() and dctc(certain, torch.tensor([[1,2]]), torch.tensor([2]))==0
+    z = torch.full((2,3,5), 0.)
+    z[:,:,4] = -math.inf
+    z.requires_grad_()
+    loss = dctc(z, torch.tensor([[4,0],[1,1]]), torch.tensor([1,2])) # The first has no probability, the second just fits
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all() and z.grad[0].abs().sum()==0<z.grad[1].abs().sum()
+
 def test_readings_and_pseudo_labels():
     z = torch.full((2,6,5), -4.)
     for t,c in enumerate([1,1,0,1,2,0]): z[0,t,c] = 4
@@ -479,6 +655,17 @@ def test_readings_and_pseudo_labels():
     close(ctc_pseudo(s, z), want.item(), 1e-5)
     assert ctc_pseudo(s, z, least=1.1)==0
 
+def test_another_alphabet_is_refused():
+    "PyTorch's CTC on a CPU reads memory of others for a class that the logits do not have"
+    for f in (ctc_pseudo, lambda s,t: ctc_aligned(s, t, LABEL, LENGTH)):
+        for t in (line(1, C=10), line(1, N=2)):
+            with pytest.raises(UserError, match=r'logits \[N,T,C\] of the same lines and classes, not \[3, 9, 5\]'): f(line(), t)
+    for odd in (5, 9, -1):
+        label = torch.tensor([[1,odd,2],[3,0,0],[4,1,0]])
+        for f in (ctc_loss, dctc):
+            with pytest.raises(UserError, match=f'a label has the class {odd}, and the logits have 5 classes'): f(line().float(), label, LENGTH)
+        close(ctc_loss(line().float(), label, torch.tensor([1,1,2])), ctc_loss(line().float(), LABEL, torch.tensor([1,1,2])).item()) # Behind its end a label may hold anything
+
 @pytest.mark.parametrize('f', (lambda s,t: ctc_aligned(s, t, LABEL, LENGTH), lambda s,t: dctc(s, LABEL, LENGTH), ctc_kd, lambda s,t: ctc_pseudo(s, t, least=0.)), ids=['aligned','dctc','kd','pseudo'])
 def test_ctc_losses_of_bfloat16(f):
     s,t = [o.bfloat16() for o in (line(), line(1))]
@@ -486,7 +673,7 @@ def test_ctc_losses_of_bfloat16(f):
 
 # ---- in configurations
 
-def row(**keys): return dict(Loss=dict(name='CombinedLoss', loss_config_list=[dict(Term=dict(on=['Student.head_out','Teacher.head_out'], **keys))]))
+def row(**keys): return dict(Loss=dict(name='CombinedLoss', loss_config_list=[dict(Term=dict(on=['Student.head_out','Teacher.head_out']) | keys)]))
 
 ROWS = {'nkd': dict(targets=['label']), 'ttm': dict(T=2.), 'wttm': dict(standardise=True), 'mlkd': dict(temperatures=[1.,2.]), 'kd': dict(standardise=True), 'sp': {}, 'rkd': dict(angle=0.), 'pkt': {}, 'itrd': dict(alpha=1.5),
     'cwd': dict(T=1.), 'pkd': {}, 'pyramid': dict(levels=[1]), 'ctc_kd': dict(blank=0.), 'ctc_pseudo': dict(least=.1), 'ctc_aligned': {}}
@@ -515,6 +702,14 @@ def test_classes_weights_and_projectors_in_rows():
     for keys,says in [(dict(loss='CRD', n=50, dims=8), "no key of CRD 'dims'; did you mean 'dim'"), (dict(loss='CRD'), 'CRD needs n'), (dict(loss='distance', projector='Orthogonl'), "did you mean 'Orthogonal'"),
             (dict(loss='distance', projector=dict(name='Ensemble', m=2)), "no key of Ensemble 'm'"), (dict(loss='kd', weight=dict(name='Ratio', momentum='much')), 'a number is wanted'), (dict(loss='ctc_kds'), "did you mean 'ctc_kd'")]:
         with pytest.raises(UserError, match=says.replace('(', r'\(')): build_terms(row(**keys))
+
+TOO_LITTLE = {'CRD': (dict(n=50), 'CRD needs index: '), 'ReviewKD': (dict(on=['Student.backbone']), 'as many layers of the teacher as of the student, not 1 in all'), 'CTKD': (dict(on=['Student.head_out']), 'CTKD needs teacher: '), 'VID': (dict(on=['Student.backbone']), 'VID needs teacher')}
+@pytest.mark.parametrize('loss', TOO_LITTLE)
+def test_what_would_be_called_with_too_little_is_refused_where_it_is_written(loss):
+    keys,says = TOO_LITTLE[loss]
+    with pytest.raises(UserError, match=says): build_terms(row(loss=loss, **keys))
+    if loss=='ReviewKD':
+        with pytest.raises(UserError, match='not 3 in all'): build_terms(row(loss=loss, on=['Student.a','Student.b','Teacher.a']))
 
 def test_tables_hold_what_can_be_called():
     assert {'nkd','uskd','wsl','ttm','wttm','mlkd','kd_ensemble','rkd','sp','pkt','itrd','cwd','pkd','ofd','weighted_distance','fgd','pyramid','VID','CRD','ReviewKD','CTKD','ctc_kd','ctc_aligned','dctc','ctc_pseudo'}<=set(LOSSES)

@@ -9,7 +9,7 @@ from distillbook.losses import cosine, distance
 from distillbook.nets import Nets
 from distillbook.rec.frames import ctc_aligned, ctc_kd, ctc_pseudo, dctc
 from distillbook.terms import Term, Terms
-from test_methods import CASES, LABEL, LENGTH, X, NUMBERS, inputs, line, mlp
+from test_methods import CASES, LABEL, LENGTH, X, NUMBERS, Scaled, inputs, line, mlp
 
 TEXT = dict(ctc_kd=ctc_kd, ctc_aligned=lambda s,t: ctc_aligned(s, t, LABEL.to(s.device), LENGTH.to(s.device)), dctc=lambda s,t: dctc(s, LABEL.to(s.device), LENGTH.to(s.device)), ctc_pseudo=partial(ctc_pseudo, least=0.))
 BESIDE = {'nkd','wsl_T'} # Their targets are on the CPU in these cases
@@ -33,7 +33,8 @@ def test_what_learns_is_where_the_networks_are():
     nets = Nets(dict(Teacher=mlp(12), Student=mlp(5)), frozen=['Teacher']).to('cuda')
     hidden = ('Student.1','Teacher.1')
     terms = [Term(VID, *hidden, weight=Ratio()), Term(partial(CRD, n=6, dim=4, negatives=3), *hidden, targets=[0], weight=Pull()), Term(ReviewKD, 'Student.0', 'Student.1', 'Teacher.0', 'Teacher.1'),
-        Term(CTKD, 'Student', 'Teacher', weight=Uncertainty()), Term(cosine, *hidden, projector=Ensemble), Term(distance, *hidden, projector=partial(Orthogonal, learn=True), name='turned')]
+        Term(CTKD, 'Student', 'Teacher', weight=Uncertainty()), Term(cosine, *hidden, projector=Ensemble), Term(distance, *hidden, projector=partial(Orthogonal, learn=True), name='turned'),
+        Term(partial(Scaled(), by=2.), 'Student', 'Teacher', name='object')]
     loss,x,y = Terms(nets, terms),X.cuda(),NUMBERS.cuda()
     loss.connect((x,), (y,))
     for _ in range(2): loss(nets(x), y).backward()

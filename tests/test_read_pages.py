@@ -7,7 +7,7 @@ from distillbook.det.boxes import DBPostProcess
 from distillbook.rec.decode import ctc_decode
 from distillbook.use import ocr
 from distillbook.use.ocr import *
-from distillbook.use.ocr import page_map, on_a_sheet
+from distillbook.use.ocr import OcrModel, can_be_read, on_a_sheet, page_map
 from distillbook.use.released import teacher_file
 from test_cli import fails, inside
 
@@ -226,3 +226,15 @@ def test_a_folder_with_broken_pictures(tmp_path):
     assert len(said)==2 and 'b.png: not a picture' in said[0] and '1 of 6 pictures could not be used' in said[1]
     assert (cv2.imread(str(tmp_path/'a.png'))==page).all() and len(list(tmp_path.glob('*_*.png')))+len(list(tmp_path.glob('d*.png')))>=5
     fails(inside('read', tmp_path/'b.png'), 'b.png: not a picture')
+
+@pytest.mark.parametrize('shape', [(3,3000), (3000,3), (3,30000), (5,1280), (1,1)], ids=str)
+def test_a_ruled_line_is_nothing_to_read(shape, reader, monkeypatch):
+    "Nothing that would be enormous for a network is given to one"
+    seen,run = [],OcrModel.run
+    monkeypatch.setattr(OcrModel, 'run', lambda self, x: (seen.append(x.size), run(self, x))[1])
+    assert reader(np.full((*shape,3), 200, np.uint8))==[] and max(seen, default=0)<=3*2048*2048
+
+def test_a_line_too_long_to_be_read_is_told_of(caplog):
+    boxes = np.float32([[[0,0],[6000,0],[6000,20],[0,20]], [[0,0],[200,0],[200,20],[0,20]]])
+    with caplog.at_level('WARNING', 'distillbook'): assert can_be_read(boxes).tolist()==[False,True]
+    assert '1 lines are over 256 times as long as high' in caplog.text

@@ -1,5 +1,5 @@
 "Label files and LMDB as PaddleOCR has them, operations from a config, broken lines, and batches that do not depend on who makes them"
-import cv2, json, logging, numpy as np, os, pickle, pytest, random, signal, string, subprocess, sys, time, torch
+import cv2, json, logging, multiprocessing, numpy as np, os, pickle, pytest, random, signal, string, subprocess, sys, time, torch
 from pathlib import Path
 from distillbook.core import UserError
 from distillbook.data import loader
@@ -443,9 +443,10 @@ def test_own_operation_that_refuses(folder):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_own_operation_with_a_fault_of_its_own(folder, workers):
-    "An error in somebody's code is not a broken line"
+    "An error in somebody's code is not a broken line; the processes end with it, though its traceback holds on to them"
     def op(sample, rng): return sample['nothing']
-    with pytest.raises(KeyError, match='nothing'): list(SampleDL(SampleSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=2, num_workers=workers))
+    with pytest.raises(KeyError, match='nothing') as held: list(SampleDL(SampleSet(label_files(folder/'list.txt', folder), [op], ['image']), bs=2, num_workers=workers))
+    assert held.tb and not multiprocessing.active_children()
 
 def test_opencv_errors_are_faults(folder):
     def op(sample, rng): return cv2.resize(np.zeros((0,0,3), np.uint8), (3,3))

@@ -264,6 +264,19 @@ def test_a_function_that_is_for_training_only():
     alone.connect(xb, yb)
     assert alone(nets.eval()(*xb), *yb).isnan()
 
+def test_a_named_input_that_is_missing_in_evaluation(xy):
+    "Such a term is left out of the validation loss, as one is whose address is missing"
+    class Twofold(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(4, 3)
+        def forward(self, x): return dict(out=self.lin(x), sure=x[:,0]) if self.training else dict(out=self.lin(x))
+    x,y = xy
+    def weighed(out, y, w): return (F.cross_entropy(out, y, reduction='none')*w).mean()
+    nets = Nets(dict(A=Twofold()))
+    loss = connected(nets, x, y, Term(weighed, 'A.out', w='A.sure', targets=[0], name='weighed'), Term(F.cross_entropy, 'A.out', name='plain'))
+    assert loss.train_only=={'weighed'}
+    loss(nets.eval()(x), y)
+    assert list(loss.parts)==['plain']
+
 # ---- which targets of a batch
 
 PICKED = [(['A'], [0,2], (1., 2., 3.), (A, 1., 3.)), (['A','B'], [1], (1., 2.), (A, B, 2.)), (['A'], [], (1., 2.), (A,)), (['A'], 1, (1., 2.), (A, 2.)), (['A'], (1,0), (1., 2.), (A, 2., 1.))]

@@ -58,7 +58,7 @@ class Table:
             params,lengths = self.problem.layers(nets['S']),[]
             for t in terms.terms:
                 ins,named = terms.inputs(t, nets(*xb), yb)
-                grads = torch.autograd.grad(terms.value_of(t, ins, named, yb), params, allow_unused=True)
+                grads = torch.autograd.grad(terms.value_of(t, terms.projected(t, ins), named, yb), params, allow_unused=True)
                 lengths.append(sum(g.square().sum() for g in grads if g is not None).sqrt().item())
             res[m] = lengths[1]/lengths[0]
         return res

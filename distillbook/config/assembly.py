@@ -484,14 +484,16 @@ def outline(
     exp.pictures = Pictures(task=task(config), cost_shape=_picture_shape(config))
     return exp
 
-def _operation_value(config, names, key, default):
-    "A setting of the first operation of a kind, wherever it stands"
+# %% ../../nbs/config/09_assembly.ipynb #32e3d83b
+def _operation(config, names, key):
+    "The first operation of a kind that has a setting, wherever it stands; None if there is none"
     for side in (('Train',), *(eval_sides(config).values() if config.get('Eval') else ())):
-        rows = Section(config).maybe(*side, 'dataset').get('transforms')
-        for row in rows if isinstance(rows, list) else []:
+        dataset = Section(config).maybe(*side, 'dataset')
+        rows = dataset.get('transforms')
+        for i,row in enumerate(rows if isinstance(rows, list) else []):
             for name in names:
-                if isinstance(row, dict) and isinstance(row.get(name), dict) and key in row[name]: return row[name][key]
-    return default
+                own = row.get(name) if isinstance(row, dict) else None
+                if isinstance(own, dict) and key in own: return Section(config, *dataset.path, 'transforms', i, name)
 
 def _picture_shape(config):
     if task(config)=='rec':
@@ -500,10 +502,11 @@ def _picture_shape(config):
 
 def _pixels(config, names, key, default):
     "Sizes of an operation, as many whole numbers as the default has"
-    sizes = _operation_value(config, names, key, default)
+    operation = _operation(config, names, key)
+    sizes = operation.get(key) if operation else default
     good = isinstance(sizes, (list,tuple)) and len(sizes)==len(default) and all(type(n) is int and n>0 for n in sizes)
     if good: return tuple(sizes)
-    raise UserError(f"{names[0]}: {key}: numbers of pixels are wanted, as in {list(default)}, not {sizes!r}")
+    raise operation.refuse(f"numbers of pixels are wanted, as in {list(default)}, not {sizes!r}", key)
 
 # %% ../../nbs/config/09_assembly.ipynb #cd5c1e2d
 def example_batch(

@@ -92,10 +92,23 @@ def _check_run(config):
 # %% ../../nbs/config/11_check.ipynb #a5daf4a5
 FITTING = set() # Backbones and heights that were seen to fit: many files have the same
 
+def _has_good_operations(config):
+    "Is nothing said of the operations, where they are looked at?"
+    try:
+        for side in ('Train',),*(eval_sides(config).values() if config.get('Eval') else ()):
+            dataset = Section(config).section(*side, 'dataset')
+            build_operations(config, *dataset.path, 'transforms')
+        return True
+    except UserError: return False
+
 def _check_networks(config):
     nets,arch = without_numbers(lambda: build_networks(config, load=(), fetch=False)),config['Architecture']
     parts = arch.get('Models') or dict(Model=arch)
-    seen = repr((_picture_shape(config), [part.get('Backbone') for part in parts.values()]))
+    try: shape = _picture_shape(config)
+    except UserError:
+        if _has_good_operations(config): raise
+        return # It is said with the operations
+    seen = repr((shape, [part.get('Backbone') for part in parts.values()]))
     if seen not in FITTING: check_heights(config, as_nets(nets))
     FITTING.add(seen)
 

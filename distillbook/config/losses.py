@@ -24,7 +24,7 @@ from ..terms import Term, called_as, class_of
 
 # %% ../../nbs/config/04_losses.ipynb #13fa6119
 from .networks import all_names, characters, ema_names, net_names, task
-from .registry import HEADS, LOSSES, PROJECTORS, Registry, WEIGHTS, arguments, build, called
+from .registry import HEADS, LOSSES, PROJECTORS, Registry, WEIGHTS, arguments, build, called, name_of
 from .values import Section, Trying
 from ..det.losses import MAP_LOSSES, MAPS, PIXEL_LOSSES, db_binary, db_cbn, db_focal, db_loss, db_shrink
 from ..det.losses import db_threshold, dila_db, dkd_maps, dml_maps, focal_binary, focal_shrink, kl_maps
@@ -279,10 +279,23 @@ def term_row(rows):
     if targets is None: targets = [n for n in others if n in rows.places]
     given = outputs + others[:len(targets)]
     if class_of(fn): given,_ = _outputs_and_others(fn, len(on)) # A class is made from the outputs' shapes
-    keys = arguments(fn, row, TERM_KEYS, **dict.fromkeys(given))
+    with trying(): keys = arguments(fn, row, TERM_KEYS, **dict.fromkeys(given))
+    if class_of(fn):
+        with trying(): _check_calls(class_of(fn), row, on, others[len(targets):])
+    trying.done()
     own = {k: v for k,v in keys.items() if k not in given}
     name = row.read('name', str, None) or '_'.join([fn.__name__, *(a.partition('.')[0] for a in on)])
     return [rows.term(fn, on, name, targets, projector=projector_of(row), **own)]
+
+# %% ../../nbs/config/04_losses.ipynb #ac18c93b
+def _check_calls(made, row, on, others):
+    "`UserError` if a loss that is made from a class would be called with too little; `others`: what nothing goes into"
+    params = inspect.signature(called_as(made)).parameters
+    missing = [k for k in others if params[k].default is params[k].empty and params[k].kind!=params[k].VAR_KEYWORD]
+    if missing:
+        raise row.refuse(f"{name_of(made)} needs {' and '.join(missing)}: outputs are named in on, other things of the "
+                         "batch (keep_keys) in targets")
+    with row.blame('on'): getattr(made, 'check_number', len)(on)
 
 def _outputs_and_others(fn, n):
     "The names of a function's parameters that get `n` outputs, and of the others"

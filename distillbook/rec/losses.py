@@ -32,9 +32,19 @@ def ctc_each(logits, label_ctc, length):
 
 def _torchs_ctc(logits, label_ctc, length):
     "PyTorch's, for each sample"
+    _check_classes(logits, label_ctc, length)
     logp = logits.float().log_softmax(-1).transpose(0, 1)
     frames = torch.full_like(length, len(logp))
     return F.ctc_loss(logp, label_ctc, frames, length, reduction='none', zero_infinity=True)
+
+def _check_classes(logits, label_ctc, length):
+    "`UserError` for a class that the logits do not have; on a CPU, where looking need not wait for a card"
+    if logits.device.type!='cpu': return
+    there = label_ctc[torch.arange(label_ctc.shape[1], device=label_ctc.device) < length[:,None]]
+    odd = there[(there<0) | (there>=logits.shape[-1])]
+    if len(odd):
+        raise UserError(f"a label has the class {odd[0].item()}, and the logits have {logits.shape[-1]} classes, "
+                        "counted from 0")
 
 # %% ../../nbs/rec/06_losses.ipynb #40a80e3f
 def _both_ways(logp, labels, lengths):
@@ -87,6 +97,7 @@ def state_shares(
     labels, lengths, # [N,L] and [N]
 ): # States [N,S] of each label, the share [T,N,S] that each has in all walks, log p [N], whether it can be written [N]
     "Where the labels stand in the frames"
+    _check_classes(logp, labels, lengths)
     states,said,back = _both_ways(logp, labels, lengths)
     walks,n = _walks_to(states, said)[...,2:],len(logp)
     to,onwards = walks[:,:n],walks[:,n:].flip(0).gather(2, back.expand(len(walks), -1, -1))

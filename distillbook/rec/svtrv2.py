@@ -10,6 +10,7 @@ __all__ = ['CONV_THEN_GLOBAL', 'PlacesInMap', 'map_patches', 'MapBlock', 'Flat',
 
 # %% ../../nbs/rec/04c_svtrv2.ipynb #819ff4d9
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from ..core import UserError, unknown
 from ..layers import named
@@ -163,11 +164,13 @@ class SVTRv2(nn.Module):
         if last_stage: self.stages.append(LastColumns(dims[-1], out_channels, last_drop))
         self.apply(init_linear)
 
-    def forward(self, x):
-        x = self.pope(x)
-        for stage in self.stages: x = stage(x)
-        if self.use_pool: return F.avg_pool2d(x.mean(2, keepdim=True), (1,2))
-        return x if self.feat2d or self.last_stage else as_tokens(x)
+# %% ../../nbs/rec/04c_svtrv2.ipynb #9d1f7c22
+@patch
+def forward(self:SVTRv2, x):
+    x = self.pope(x)
+    for stage in self.stages: x = stage(x)
+    if self.use_pool: return F.avg_pool2d(x.mean(2, keepdim=True), (1,2))
+    return x if self.feat2d or self.last_stage else as_tokens(x)
 
 # %% ../../nbs/rec/04c_svtrv2.ipynb #eb2f2df2
 def _block(kind, n, heads, kernel, attention, **kwargs):
