@@ -191,7 +191,7 @@ def _arrays(kinds, body):
 # %% ../nbs/learning/10_cache.ipynb #84c9a49e
 class CachedNet(nn.Module):
     "A frozen network that is asked only once about the same input"
-    on_host = True # A step that has it cannot be recorded whole
+    on_host,asked_once = True,True # A step that has it cannot be recorded whole; modules in it cannot be tapped
     def __init__(self,
         net:nn.Module, # From one tensor, batch first, to a tensor or a dict of tensors, batch first
         path, # Where the answers are kept

@@ -315,6 +315,11 @@ def tap(self:Nets, address:str, outs:dict):
     if module not in self.tapped: self.tapped.append(module)
 
 @patch
+def _kept(self:Nets, address):
+    kept = any(getattr(m, 'asked_once', False) for m in self[address.partition('.')[0]].modules())
+    return ': the answers of the network are kept (`cache`), and it is not asked again' if kept else ''
+
+@patch
 def find(self:Nets, address:str, outs:dict):
     "What stands at `address` in the taps or in the outputs of a batch"
     if address in self.taps: return float32(self.taps[address])
@@ -323,7 +328,7 @@ def find(self:Nets, address:str, outs:dict):
     tap = max((t for t in self.taps if address.startswith(f'{t}.')), key=len, default=None)
     if tap is None:
         self.is_output(address, outs)
-        raise UserError(f"the module {self.module_of(address)} did not run in this batch")
+        raise UserError(f"the module {self.module_of(address)} did not run in this batch{self._kept(address)}")
     try: return float32(into(self.taps[tap], address[len(tap)+1:].split('.')))
     except KeyError: raise self._nowhere(address, outs) from None
 

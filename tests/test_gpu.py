@@ -23,8 +23,9 @@ from distillbook.det.nets import plain_det
 from distillbook.use.export import export_onnx
 from distillbook.use import evaluation, teachers, training
 from distillbook.use.finetune import remap_classes
+from distillbook.use.released import TEACHERS
 from distillbook.use.report import lr_find, summary
-from distillbook.use.teachers import FunctionNet, OnnxNet, OwnInput
+from distillbook.use.teachers import FunctionNet, OnnxNet, OwnInput, load_teacher
 from distillbook.use.training import Experiment, Run, device_for, train
 from small_nets import small_rec
 from test_cli import fails, inside as distillbook, tiny_run
@@ -169,6 +170,25 @@ def test_later_backbones(make):
     want,got = first(net.eval()),first(fuse(net))
     assert got.is_cuda and (got-want).abs().max().item()<=1e-4*want.abs().max().item()
 
+UNUSED = {f'backbone.blocks{s}.0.dw_conv.act.lab.{k}' for s in (3,4,5,6) for k in ('scale','bias')} # Behind a stride of 2 there is no activation, in PaddleOCR either
+
+@pytest.mark.parametrize('name', [k for k,t in TEACHERS.items() if t.trains])
+def test_every_released_network_of_the_table_learns_on_it(name):
+    "The answer is that of the CPU, and every weight gets a gradient, the backbone of a reader without its guide too"
+    torch.manual_seed(0)
+    net = load_teacher(name)
+    net = net[0] if isinstance(net, tuple) else net
+    x = torch.randn(2,3,*(48,96) if TEACHERS[name].task=='rec' else (64,64))
+    def answer(): return y['maps'] if isinstance(y := net(x), dict) else y.softmax(-1)
+    with torch.no_grad(): want = answer()
+    net,x = net.cuda(),x.cuda()
+    with torch.no_grad(): got = answer()
+    assert got.is_cuda and (got.cpu()-want).abs().max().item()<1e-2 # TF32
+    net.train()
+    answer().square().mean().backward()
+    assert {k for k,p in net.named_parameters() if p.grad is None} == (UNUSED if 'v4_det' in name or 'v5_det' in name or 'seal' in name else set())
+    assert all(p.grad.is_cuda and p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
 def test_quickstart(tmp_path, monkeypatch, gpu):
     "The README's command: the teacher is asked where the networks are, and no thread is left idle"
     asked,rows = [],CachedNet._rows
@@ -180,6 +200,12 @@ def test_quickstart(tmp_path, monkeypatch, gpu):
     r = ok(*args, 'Global.epoch_num=1', 'Train.dataset.words=32')
     assert set(asked)=={('cuda','cuda')} and f'on {gpu}, float32, {torch.get_num_threads()} thread' in r.stderr
     assert 'threads' not in load_config('quickstart')['Global']
+
+def test_features_of_a_released_teacher(tmp_path):
+    "PP-OCRv4's backbone, not only its answers; what is compared is made alike by a convolution that learns"
+    feature = 'Loss.loss_config_list.1={Term: {loss: distance, on: [Student.backbone, Teacher.net.net.backbone], weight: 1.0}}'
+    r = ok(*tiny_run(tmp_path/'run', 'Global.epoch_num=1', 'Train.dataset.words=16', 'Architecture.Models.Teacher.pretrained=PP-OCRv4_rec', 'Architecture.Models.Teacher.cache=false', feature))
+    assert device_in(tmp_path/'run')!='cpu' and 'distance_Student_Teacher: ' in r.stderr
 
 def test_five_minutes(tmp_path, gpu):
     "What tools/on_a_gpu.sh trains, in small"

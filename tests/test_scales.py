@@ -1,8 +1,12 @@
 "Batches of several heights, and a shrink ratio that grows: PaddleOCR's plans and maps, resuming, workers and ranks, and configurations that ask for them"
-import json
+import json, os, signal
 from pathlib import Path
 from random import Random
-import cv2, numpy as np, pytest, torch
+import cv2, numpy as np, pytest, torch, yaml
+from fastai.basics import Callback
+from torch import nn
+from distillbook.checkpoint import load_file
+from distillbook.config import experiment, load_config
 from distillbook.config.data import build_dl
 from distillbook.core import UserError
 from distillbook.data.kept import fixed_ops
@@ -11,6 +15,9 @@ from distillbook.data.sets import SampleSet
 from distillbook.det.operations import DetLabelEncode
 from distillbook.det.targets import MakeBorderMap, MakeShrinkMap, grown_ratio
 from distillbook.rec.operations import RecResizeImg, SVTRRecResizeImg, at_size
+from distillbook.use import training
+from distillbook.use.training import read_metrics, train
+from test_experiment import same as same_state
 
 Z = np.load(Path(__file__).parent/'golden'/'targets_v4_data.npz')
 CASES = {kind: [k.removesuffix('|meta') for k in Z.files if k.startswith(kind) and k.endswith('|meta')] for kind in ('MultiScaleSampler','shrink_','MultiScaleDataSet','SVTRRecResizeImg')}
@@ -80,9 +87,9 @@ def test_batches():
             assert np.array_equal(row, want['image']) and r==want['valid_ratio']
     assert dl.faults=={'line 13 is broken': 1+sum(b.lines.tolist().count(13) for b in dl.plan())-1}
 
-@pytest.mark.parametrize('skip', [1, 4])
-def test_resumed_in_the_middle_of_an_epoch(skip):
-    dl,again = loader(),loader(num_workers=2)
+@pytest.mark.parametrize('skip,part', [(1, (0,1)), (4, (0,1)), (2, (0,2)), (2, (1,2))], ids=str)
+def test_resumed_in_the_middle_of_an_epoch(skip, part):
+    dl,again = loader(part=part),loader(part=part, num_workers=2)
     first,second = list(dl),list(dl)
     again.set_epoch(1, skip=skip)
     assert same(list(again), second[skip:]) and not same(first, second)
@@ -135,6 +142,64 @@ def words(tmp_path_factory):
 def test_from_a_configuration(words):
     dl = build_dl(config(**words), 'Train')
     assert isinstance(dl, ScaledDL) and {x.shape[2] for x,*_ in dl}=={32,48,64}
+
+class AnyHeight(nn.Module):
+    "One convolution, and the mean of its rows"
+    out_channels = 8
+    def __init__(self, in_channels:int=3):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(in_channels, 8, 5, (4,8), 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.1))
+    def forward(self, x): return self.layers(x).mean(2, keepdim=True)
+
+class Dies(Callback):
+    "SIGKILL behind a step"
+    order = 100
+    def __init__(self, step): self.step = step
+    def after_batch(self):
+        if self.training and self.train_iter==self.step: os.kill(os.getpid(), signal.SIGKILL)
+
+def whole(words, run, resume=None):
+    "A run of three epochs of three batches, one of each height: lines that are joined by chance, two small students of each other"
+    run.mkdir(exist_ok=True)
+    (run/'lines.txt').write_text(''.join(Path(words['files'][0]).read_text().splitlines(True)[:13]))
+    keep = dict(KeepKeys=dict(keep_keys=['image','label','length','valid_ratio']))
+    joined = dict(RecConAug=dict(prob=.5, ext_data_num=1, image_shape=[48,96,3], max_text_length=25))
+    cfg = config(data_dir=words['data_dir'], files=[str(run/'lines.txt')], transforms=[dict(DecodeImage=dict(img_mode='BGR')), joined, dict(CTCLabelEncode=None), keep], sampler=dict(first_bs=6, scales=[[96,32],[96,48],[96,64]]))
+    net = dict(return_all_feats=True, Backbone=dict(name='test_scales.AnyHeight'), Neck=dict(name='SequenceEncoder', encoder_type='reshape'), Head=dict(name='CTCHead'))
+    cfg['Global'].update(epoch_num=3, seed=5, use_gpu=False, threads=1, print_batch_step=1, eval_batch_step=[0,2], save_model_dir=str(run), checkpoints=resume)
+    rows = [dict(DistillationCTCLoss=dict(weight=1., model_name_list=['Student','Twin'], key='head_out')), dict(Term=dict(loss='kd', on=['Twin.head_out','Student.head_out']))]
+    post,metric = dict(name='DistillationCTCLabelDecode', model_name=['Student','Twin'], key='head_out'),dict(name='DistillationMetric', base_metric_name='RecMetric', key='Student', main_indicator='acc')
+    cfg.update(Architecture=dict(model_type='rec', Models=dict(Student=net, Twin=net)), Loss=dict(name='CombinedLoss', loss_config_list=rows), Optimizer=dict(name='Adam', lr=dict(name='Cosine', learning_rate=.001)), PostProcess=post, Metric=metric)
+    measured = dict(name='SimpleDataSet', data_dir=words['data_dir'], label_file_list=[str(run/'lines.txt')], transforms=[dict(DecodeImage=dict(img_mode='BGR')), dict(CTCLabelEncode=None), dict(RecResizeImg=dict(image_shape=[3,48,96])), keep])
+    cfg['Eval'] = dict(dataset=measured, loader=dict(batch_size_per_card=13))
+    (run/'asked.yml').write_text(yaml.safe_dump(json.loads(json.dumps(cfg)), sort_keys=False))
+    return experiment(load_config(run/'asked.yml'))
+
+def killed(exp, step):
+    "Train in another process until it is killed; its status"
+    if not (pid := os.fork()):
+        try:
+            exp.run.cbs = [*exp.run.cbs, Dies(step)]
+            train(exp)
+        finally: os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def lasting(o): return {k: lasting(v) for k,v in o.items() if k not in ('seconds','fps')} if isinstance(o, dict) else o
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked here')
+def test_a_run_killed_in_the_middle_of_its_plan_is_the_run_that_was_not(words, tmp_path, monkeypatch):
+    "A state every other step; killed in the middle of the first epoch, and of the second"
+    monkeypatch.setattr('distillbook.config.registry.TRUSTED', {'test_scales'})
+    monkeypatch.setattr(training, 'finish', lambda *a: None) # Speed and pictures
+    one,run = tmp_path/'one',tmp_path/'cut'
+    learn = train(whole(words, one))
+    assert {x.shape[2] for x,*_ in learn.dls.train}=={32,48,64} and len(learn.dls.train)==3
+    assert killed(whole(words, run), 3)==-signal.SIGKILL and load_file(run/'latest.pth')['train_iter']==2
+    assert killed(whole(words, run, str(run/'latest')), 5)==-signal.SIGKILL and load_file(run/'latest.pth')['train_iter']==4
+    train(whole(words, run, str(run/'latest')))
+    for name in ('latest.pth','best_accuracy.pth'): same_state(*(lasting(load_file(d/name)) for d in (one,run)))
+    a,b = ([*map(lasting, read_metrics(d/'metrics.csv'))] for d in (one,run))
+    assert a==b and [r['step'] for r in a]==[2,4,6,8,9]
 
 @pytest.mark.parametrize('kw,says', [
     (dict(sampler=None), 'Train: MultiScaleDataSet wants a section sampler beside it'),

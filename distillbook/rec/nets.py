@@ -157,7 +157,7 @@ def ppocrv3_rec(
 )->RecModel: # Gives logits
     "The PP-OCRv3 recogniser with its CTC head"
     backbone = MobileNetV1Enhance(0.5, last_conv_stride=(1,2), last_pool_type='avg', last_pool_kernel_size=(2,2))
-    neck = SequenceEncoder(EncoderWithSVTR(backbone.out_channels, dims=64, depth=2, hidden_dims=120, use_guide=True))
+    neck = SequenceEncoder(EncoderWithSVTR(backbone.out_channels, dims=64, depth=2, hidden_dims=120))
     head = MultiHead(neck, CTCHead(neck.out_channels, n_classes, fc_decay=1e-5))
     return RecModel(backbone, None, head, return_all_feats, probs=False)
 
@@ -169,7 +169,7 @@ def ppocrv4_rec(
 )->RecModel: # Gives logits
     "The PP-OCRv4 recogniser with its CTC head"
     backbone = PPLCNetV3(0.95, fused=fused)
-    svtr = EncoderWithSVTR(backbone.out_channels, dims=120, depth=2, hidden_dims=120, use_guide=True, kernel_size=(1,3))
+    svtr = EncoderWithSVTR(backbone.out_channels, dims=120, depth=2, hidden_dims=120, kernel_size=(1,3))
     neck = SequenceEncoder(svtr)
     head = MultiHead(neck, CTCHead(neck.out_channels, n_classes, fc_decay=1e-5))
     return RecModel(backbone, None, head, return_all_feats, probs=False)

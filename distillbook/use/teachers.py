@@ -121,8 +121,11 @@ def load_teacher(
     task:str=None, # What it must be, one of `TASK_NAMES`; None: either
 ): # The net in eval mode; of a recogniser (net, its `Alphabet`). `UserError` if it cannot be had
     "A released network: with its weights if it is PP-OCRv3 to v6 or the server detector, else run by onnxruntime"
-    path,row = teacher_file(name_or_path),TEACHERS.get(str(name_or_path))
-    net,why = _with_weights(path, return_all_feats) if row is None or row.trains else (None,'')
+    row = TEACHERS.get(str(name_or_path))
+    if row and row.task not in TASK_NAMES:
+        raise UserError(f"{name_or_path}: {row.about} Nothing here is taught by it; `read --turned` asks it")
+    path = teacher_file(name_or_path)
+    net,why = _with_weights(path, return_all_feats)
     if net is None: net = _run_only(path, why)
     its_task = 'det' if isinstance(net, DetModel) else getattr(net, 'task', 'rec')
     if task not in (None, its_task):
