@@ -5,7 +5,8 @@
 FOLDER/KIND/train.txt and test.txt are label files, their pictures beside them. Without --data worn pages are made: lines of a receipt, printed by a
 tired till (thermal), folded, or grey on grey (faint). Of the pages a fifth is put aside to choose the best state, as a user would do. Each run is the
 whole command, and its numbers are written when it ends; a run whose numbers are there is not run again. At the end `finetune_det.json` is written
-beside them; copied to `benchmarks/results`, it is what the chapter shows."""
+beside them; copied to `benchmarks/results`, it is what the chapter shows. With --grid nothing is trained: what `box_thresh` and `unclip_ratio` of
+`PostProcess` do to the released detector is written to `grid.json`."""
 import argparse, json, random, sys, time
 from pathlib import Path
 import cv2, numpy as np, torch
@@ -14,12 +15,12 @@ from benchmarks.quickstart import machine
 from distillbook.config import load_config
 from distillbook.config.assembly import experiment, ready_networks
 from distillbook.config.data import build_dl
-from distillbook.config.evaluation import build_metric
+from distillbook.config.evaluation import build_metric, decoder_of
 from distillbook.core import write_beside
 from distillbook.data.render import font_files
 from distillbook.det.render import page_label, small_word
 from distillbook.rec.worn import faint, folded, receipt_text, thermal
-from distillbook.use.evaluation import evaluate
+from distillbook.use.evaluation import at_rest, evaluate
 from distillbook.use.training import model_of, train
 
 KINDS = dict(thermal=thermal, folded=folded, faint=faint)
@@ -82,6 +83,21 @@ def run(a, data, kind, seed):
     return dict(kind=kind, lines=a.pages, seed=seed, steps=learn.train_iter, best_step=learn.summary['best']['step'], seconds=seconds,
         accuracy=worth(exp, a, data))
 
+GRID = [(b, 1.5) for b in (.3, .4, .5, .6, .7)] + [(.6, u) for u in (1.3, 1.7, 2.)] # box_thresh, unclip_ratio; the preset's are .6 and 1.5
+
+def by_grid(a, data, kind):
+    "Precision, recall and hmean of the released detector with other thresholds; its maps are computed once"
+    files = [f'Eval.dataset.data_dir={data/kind}', f'Eval.dataset.label_file_list=[{first(data/kind/"test.txt", a.tests)}]']
+    config = load_config(a.config, [*a.o, *files])
+    model,metrics = model_of(ready_networks(config)),{k: build_metric(config) for k in GRID}
+    decoders = {(b,u): decoder_of(load_config(a.config, [*a.o, *files, f'PostProcess.box_thresh={b}', f'PostProcess.unclip_ratio={u}'])) for b,u in GRID}
+    with at_rest(model):
+        for batch in build_dl(config, 'Eval'):
+            maps = model(batch[0])
+            for k,metric in metrics.items(): metric(decoders[k](maps, batch[1]), batch)
+    numbers = {k: metric.get_metric() for k,metric in metrics.items()}
+    return [dict(kind=kind, box_thresh=b, unclip_ratio=u, **{k: round(v, 4) for k,v in numbers[b,u].items()}) for b,u in GRID]
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path)
@@ -93,10 +109,18 @@ def main():
     p.add_argument('--config', default='det/finetune')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--out', type=Path, default=Path('runs/finetune_det'))
+    p.add_argument('--grid', action='store_true')
     p.add_argument('-o', nargs='+', default=[], metavar='KEY=VALUE', help='for the configuration')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     data = a.data or made(a.out/'pages', a.kinds, a.pages, a.tests)
+    command = ' '.join(['python -m benchmarks.finetune_det', *sys.argv[1:]])
+    if a.grid:
+        a.out.mkdir(parents=True, exist_ok=True)
+        rows = [row for kind in a.kinds for row in by_grid(a, data, kind)]
+        with write_beside(a.out/'grid.json') as tmp: tmp.write_text(json.dumps(dict(command=command, machine=machine(), rows=rows), indent=1))
+        for row in rows: print(row)
+        return
     before = kept(a.out/'before.json', lambda: worth(ready_networks(load_config(a.config, a.o)), a, data))
     print(before, flush=True)
     rows = []
@@ -105,7 +129,6 @@ def main():
             rows.append(kept(a.out/f'{kind}_{a.pages}_{seed}.json', lambda: run(a, data, kind, seed)))
             won = {k: round(100*(v-before[k]), 1) for k,v in rows[-1]['accuracy'].items()}
             print({k: v for k,v in rows[-1].items() if k!='accuracy'}, won, flush=True)
-    command = ' '.join(['python -m benchmarks.finetune_det', *sys.argv[1:]])
     result = dict(command=command, machine=machine(), threads=a.threads, before=before, table=table(before, rows), rows=rows)
     with write_beside(a.out/'finetune_det.json') as tmp: tmp.write_text(json.dumps(result, indent=1))
     for row in result['table']: print(row)
