@@ -18,6 +18,8 @@ from distillbook.losses import attention_transfer, cosine, dist, distance, dkd, 
 from distillbook.nets import Nets
 from distillbook.rec.frames import by_character, ctc_aligned, ctc_kd, ctc_nbest, ctc_pseudo, dctc, nbest, own_alignment, readings
 from distillbook.rec.losses import Walks, ctc_loss
+from distillbook.rec.nrtr import attention_kl
+from distillbook.rec.sar import SARHead
 from distillbook.relations import angles, distances, itrd, itrd_correlation, itrd_mutual, pkt, rkd, rkd_angle, rkd_distance, sp
 from distillbook.terms import Term, Terms
 
@@ -752,3 +754,36 @@ def test_tables_hold_what_can_be_called():
     assert {'nkd','uskd','wsl','ttm','wttm','mlkd','kd_ensemble','rkd','sp','pkt','itrd','cwd','pkd','ofd','weighted_distance','fgd','pyramid','VID','CRD','ReviewKD','CTKD','ctc_kd','ctc_aligned','dctc','ctc_pseudo','ctc_nbest'}<=set(LOSSES)
     assert {'Ratio','Pull','Uncertainty'}<=set(WEIGHTS) and {'Projector','Ensemble','Orthogonal','Generation'}<=set(PROJECTORS)
     for entry in PROJECTORS.values(): assert list(inspect.signature(entry).parameters)[:2]==['src','dst']
+
+# ---- where a writer looks
+
+def test_attention_kl_written_out():
+    s,t = [randn(3,4,6, seed=i).softmax(-1) for i in (1,2)]
+    length = torch.tensor([1,3,0])
+    want = np.mean([(t[n,l]*(t[n,l]/s[n,l]).log()).sum().item() for n,k in enumerate(length) for l in range(k+1)])
+    close(attention_kl(s, t, length), want)
+    close(attention_kl(s, t), np.mean([(t[n,l]*(t[n,l]/s[n,l]).log()).sum().item() for n in range(3) for l in range(4)]))
+    close(attention_kl(*[o.unflatten(2, (2,3)) for o in (s, t)], length), want)
+    t[:,:,0] = 0 # A column at which nobody looks
+    s.requires_grad_()
+    attention_kl(s, t/t.sum(-1, keepdim=True), length).backward()
+    assert s.grad.isfinite().all() and s.grad[0,2:].eq(0).all()
+    with pytest.raises(UserError, match='attention_kl wants two outputs of the same shape'): attention_kl(s, t[:,:2])
+
+def test_sar_is_taught_where_to_look_by_kd():
+    "The scores of the map stand in a layer of their own"
+    torch.manual_seed(0)
+    class Reader(SARHead):
+        def forward(self, x, labels): return super().forward(x, [labels, torch.ones(len(x))], whole=True)
+    nets = Nets(dict(Teacher=Reader(8, 13, max_text_length=6), Student=Reader(8, 13, max_text_length=6)), ['Teacher'])
+    labels = torch.tensor([[11,1,2,3,12,12],[11,4,12,12,12,12]])
+    batch = (torch.randn(2,8,2,7), labels)
+    terms = Terms(nets, [Term(partial(kd, T=1., dim=2), 'Student.decoder.conv1x1_2', 'Teacher.decoder.conv1x1_2')])
+    terms.connect(batch, (labels,))
+    loss = terms(nets.train()(*batch), labels)
+    loss.backward()
+    scores = [nets.taps[f'{n}.decoder.conv1x1_2'] for n in ('Student','Teacher')]
+    assert scores[0].shape[2:]==(14,1)
+    p,q = [o[...,0].softmax(-1) for o in scores]
+    close(loss, (q*(q/p).log()).sum(-1).mean().item(), 1e-5)
+    assert nets['Student'].decoder.conv3x3_1.weight.grad.abs().sum()>0

@@ -279,7 +279,7 @@ METHODS = (logits.nkd, logits.wsl, logits.ttm, logits.wttm, logits.mlkd, logits.
     relations.itrd, relations.itrd_correlation, relations.itrd_mutual,
     features.cwd, features.pkd, features.ofd, features.weighted_distance, features.fgd, features.pyramid,
     learned.VID, learned.CRD, learned.ReviewKD, learned.CTKD,
-    frames.ctc_kd, frames.ctc_aligned, frames.dctc, frames.ctc_pseudo, frames.ctc_nbest)
+    frames.ctc_kd, frames.ctc_aligned, frames.dctc, frames.ctc_pseudo, frames.ctc_nbest, nrtr.attention_kl)
 LOSSES |= {f.__name__: f for f in METHODS}
 
 # %% ../../nbs/config/02_registry.ipynb #c3d2e1f1

@@ -6,14 +6,15 @@ Docs: https://distillbook.github.io/distillbook/rec/nrtr.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ToSequence', 'AddPlaces', 'into_sequence', 'sine_table', 'Places', 'attend', 'WritingBlock', 'NRTRHead',
-           'init_transformer']
+           'init_transformer', 'attention_kl']
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #dbb731cf
 import math, torch
-from torch import nn
+from torch import Tensor, nn
 from fastcore.basics import patch
 from ..core import UserError
 from ..layers import named
+from ..losses import kl, pair
 from .labels import NRTRClasses
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #a31ae71d
@@ -202,3 +203,17 @@ def forward(self:NRTRHead,
     if not targets: raise UserError("NRTRHead wants targets=[labels, lengths, ...] in training: "
         "each character is predicted from those before it")
     return self.teach(memory, targets[0], targets[1])[0]
+
+# %% ../../nbs/rec/07b_nrtr.ipynb #at2
+def attention_kl(
+    student:Tensor, teacher:Tensor, # Attention [N,L,T] or [N,L,H,W], which sums to 1 over the places; the teacher's is detached
+    length:Tensor|None=None, # Characters of each label [N]; the end counts too. None: all rows do
+)->Tensor: # Mean over the rows that count
+    "Does the student look where the teacher looks?"
+    s,t = [o.flatten(2) for o in pair('attention_kl', student, teacher.detach())]
+    rows = torch.arange(s.shape[1], device=s.device)
+    mask = None if length is None else rows<=length[:,None]
+    least = torch.finfo(s.dtype).tiny
+    return kl(t.clamp(min=least).log(), s.clamp(min=least).log(), mask)
+
+attention_kl.shapes = 'same'
