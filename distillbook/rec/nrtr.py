@@ -206,7 +206,7 @@ def forward(self:NRTRHead,
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #at2
 def attention_kl(
-    student:Tensor, teacher:Tensor, # Attention [N,L,T] or [N,L,H,W], which sums to 1 over the places; the teacher's is detached
+    student:Tensor, teacher:Tensor, # Attention [N,L,T] or [N,L,H,W], each row with the sum 1; the teacher's is detached
     length:Tensor|None=None, # Characters of each label [N]; the end counts too. None: all rows do
 )->Tensor: # Mean over the rows that count
     "Does the student look where the teacher looks?"
