@@ -623,3 +623,18 @@ def test_killed_and_taken_up(folder):
     end = time.time()+20
     while any(map(alive, children)) and time.time()<end: time.sleep(.2)
     assert not any(map(alive, children))
+
+@pytest.mark.skipif(not hasattr(signal, 'pthread_sigmask'), reason='no signals that wait')
+def test_a_signal_before_a_process_is_ready(folder, monkeypatch):
+    "`timeout` signals all processes of a command; one that has only just begun lives on as the others do"
+    from torch.utils.data._utils import signal_handling
+    ready = signal_handling._set_worker_signal_handlers
+    def begun():
+        os.kill(os.getpid(), signal.SIGTERM)
+        ready()
+    def small(sample, rng): return {**sample, 'image': np.zeros((4,4,3), np.uint8)}
+    lines = SampleSet(label_files(folder/'list.txt', folder), [small], ['image'])
+    want = [b for b in SampleDL(lines, bs=2)]
+    monkeypatch.setattr(signal_handling, '_set_worker_signal_handlers', begun)
+    assert len([b for b in SampleDL(lines, bs=2, num_workers=2)])==len(want)>0
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
