@@ -134,6 +134,7 @@ def _no_class(weight):
     if made: raise UserError(f"a term's weight is made before it is given: weight={made.__name__}(), not the class")
     return weight
 
+# %% ../nbs/learning/03_terms.ipynb #scerms4
 def with_memory(fn):
     "The module that a loss is, or is a partial of, if it has parameters or buffers; None otherwise"
     if isinstance(fn, partial): return with_memory(fn.func)
@@ -179,11 +180,6 @@ class Terms:
         "The same, the first projected where a projector was made"
         return [self.nets.project(t.name, ins[0], ins[1]), *ins[1:]] if len(ins)>1 else ins
 
-    def sees_labels(self, t:Term)->bool:
-        "Does anything but networks go into a term?"
-        of_batch = any(map(self.is_of_batch, [*t.addresses, *t.inputs.values()]))
-        return of_batch or t.wants_targets or (len(t.addresses)==1 if t.targets is None else bool(t.targets))
-
     def __repr__(self): return '\n'.join(map(repr, self.terms))
 
 # %% ../nbs/learning/03_terms.ipynb #68ed477b
@@ -209,6 +205,12 @@ def _in_nets(self:Terms, address, outs):
 def is_of_batch(self:Terms, address:str)->bool:
     "Does an address lead into the batch? A network may be called so as well, and then it leads there"
     return address.partition('.')[0]=='batch' and 'batch' not in self.nets.names
+
+@patch
+def sees_labels(self:Terms, t:Term)->bool:
+    "Does anything but networks go into a term?"
+    of_batch = any(map(self.is_of_batch, [*t.addresses, *t.inputs.values()]))
+    return of_batch or t.wants_targets or (len(t.addresses)==1 if t.targets is None else bool(t.targets))
 
 # %% ../nbs/learning/03_terms.ipynb #e1c2b572
 def said_of(fn, name):

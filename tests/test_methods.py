@@ -768,6 +768,8 @@ def test_attention_kl_written_out():
     s.requires_grad_()
     attention_kl(s, t/t.sum(-1, keepdim=True), length).backward()
     assert s.grad.isfinite().all() and s.grad[0,2:].eq(0).all()
+    with torch.no_grad(): s[0,2:],t[0,2:] = math.nan,math.inf # Nor do rows that do not count
+    assert attention_kl(s, t/t.sum(-1, keepdim=True), length).isfinite()
     with pytest.raises(UserError, match='attention_kl wants two outputs of the same shape'): attention_kl(s, t[:,:2])
 
 def test_sar_is_taught_where_to_look_by_kd():

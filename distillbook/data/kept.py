@@ -190,6 +190,7 @@ def keep_pictures(
     if not _is_sound(path, len(every)): _write_pictures(every, ops, path, gb)
     return KeptPictures(source, ops, path)
 
+# %% ../../nbs/data/03_kept.ipynb #sckept2
 NOT_SOUND = (OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, NotImplementedError, zipfile.BadZipFile,
     zlib.error, MemoryError) # What numpy and zipfile raise for files that were spoilt
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from ..core import UserError
 from ..layers import named
-from ..losses import kl, pair
+from ..losses import kl, pair, without
 from .labels import NRTRClasses
 
 # %% ../../nbs/rec/07b_nrtr.ipynb #a31ae71d
@@ -213,6 +213,7 @@ def attention_kl(
     s,t = [o.flatten(2) for o in pair('attention_kl', student, teacher.detach())]
     rows = torch.arange(s.shape[1], device=s.device)
     mask = None if length is None else rows<=length[:,None]
+    if mask is not None: s,t = without(mask[...,None], s, t) # NaN may stand in the padding
     least = torch.finfo(s.dtype).tiny
     return kl(t.clamp(min=least).log(), s.clamp(min=least).log(), mask)
 
