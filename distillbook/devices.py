@@ -19,7 +19,7 @@ from fastai.callback.all import ProgressCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .core import UserError
-from .layers import FixedBatchNorm2d
+from .layers import FixedBatchNorm1d, FixedBatchNorm2d
 from .learner import DistillLearner, _first_batch, terms_of
 from .metrics import NetMetric
 from .nets import Nets
@@ -163,7 +163,7 @@ def _for_many_ranks(loss):
 
 def _sync_batchnorm(nets):
     for n in nets.names:
-        fixed = any(isinstance(m, FixedBatchNorm2d) for m in nets[n].modules())
+        fixed = any(isinstance(m, (FixedBatchNorm1d,FixedBatchNorm2d)) for m in nets[n].modules())
         if n not in nets.frozen and not fixed: nets._modules[n] = nn.SyncBatchNorm.convert_sync_batchnorm(nets[n])
 
 # %% ../nbs/learning/11_devices.ipynb #a2b8b766

@@ -6,10 +6,11 @@ Docs: https://distillbook.github.io/distillbook/learning/layers.html.md"""
 
 # %% auto #0
 __all__ = ['PADDLE_NORMS', 'named', 'conv_bn', 'divisible', 'SE', 'PaddleBatchNorm1d', 'PaddleBatchNorm2d', 'paddle_batchnorm',
-           'FixedBatchNorm1d', 'FixedBatchNorm2d', 'keep_statistics']
+           'FixedBatchNorm1d', 'FixedBatchNorm2d', 'keep_statistics', 'fixed_of']
 
 # %% ../nbs/learning/12_layers.ipynb #6139aa04
 from collections import OrderedDict
+from functools import cache
 import torch.nn.functional as F
 from torch import nn
 
@@ -99,6 +100,17 @@ def keep_statistics(
 )->nn.Module: # `model`
     "Turn every `nn.BatchNorm2d` into a `FixedBatchNorm2d`, and every `nn.BatchNorm1d` likewise"
     for m in model.modules():
-        kind = next((k for k in PADDLE_NORMS if isinstance(m, k)), None)
-        if kind: m.__class__,m.training = FixedBatchNorm1d if kind is nn.BatchNorm1d else FixedBatchNorm2d,False
+        if isinstance(m, tuple(PADDLE_NORMS)): m.__class__,m.training = fixed_of(type(m)),False
     return model
+
+@cache
+def fixed_of(
+    kind:type, # Of a batch norm
+)->type:
+    "The class of batch norms that do the same with statistics that stay"
+    if issubclass(kind, _Fixed): return kind
+    fixed = FixedBatchNorm1d if issubclass(kind, nn.BatchNorm1d) else FixedBatchNorm2d
+    if kind in PADDLE_NORMS or kind in PADDLE_NORMS.values(): return fixed
+    return type(f'Fixed{kind.__name__}', (fixed,kind), dict(__reduce__=lambda self: (_empty, (kind,), self.__dict__)))
+
+def _empty(kind): return fixed_of(kind).__new__(fixed_of(kind)) # As pickle finds no class that was made on the way

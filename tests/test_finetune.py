@@ -1,5 +1,5 @@
 "A released reader on a few lines, the case of labels, classes re-mapped character by character, and a threshold branch grown again"
-import copy, logging
+import copy, logging, pickle
 import pytest, torch
 from torch import nn
 from distillbook.core import UserError
@@ -159,3 +159,17 @@ def test_several_ranks_leave_fixed_norms_alone():
     nets = Nets(dict(kept=keep_statistics(conv_bn(3, 4)), other=conv_bn(3, 4)))
     devices._sync_batchnorm(nets)
     assert type(nets['kept'][1]) is FixedBatchNorm2d and isinstance(nets['other'][1], nn.SyncBatchNorm)
+
+class NormAct(nn.BatchNorm2d):
+    "As timm's: a norm with an activation behind it"
+    def forward(self, x): return super().forward(x).relu()
+
+def test_a_norm_that_does_more_goes_on_doing_it():
+    net,x = nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4)),torch.randn(2, 3, 5, 5)
+    for _ in range(3): net(x)
+    want = net.eval()(x)
+    keep_statistics(net).train()
+    again = pickle.loads(pickle.dumps(keep_statistics(net)))
+    for o in (net, copy.deepcopy(net), again):
+        assert torch.equal(o(x), want) and isinstance(o[1], NormAct) and isinstance(o[1], FixedBatchNorm2d) and not o.train()[1].training
+    assert list(again.state_dict())==list(net.state_dict())

@@ -755,6 +755,23 @@ def test_tables_hold_what_can_be_called():
     assert {'Ratio','Pull','Uncertainty'}<=set(WEIGHTS) and {'Projector','Ensemble','Orthogonal','Generation'}<=set(PROJECTORS)
     for entry in PROJECTORS.values(): assert list(inspect.signature(entry).parameters)[:2]==['src','dst']
 
+@pytest.mark.parametrize('C,letters', [(2,8), (2,1), (5,1), (3,2)])
+def test_each_reading_stands_once(C, letters):
+    "Where there are fewer readings than are wanted, too"
+    for seed in range(6):
+        logits = randn(3,5,C, seed=seed, scale=2.)
+        labels,length,logp = nbest(logits, 6, 8, letters)
+        for text,n,p,line in zip(labels, length, logp, logits):
+            there = [tuple(o[:k].tolist()) for o,k,v in zip(text, n, p) if v>-math.inf]
+            assert len(set(there))==len(there)>0 and p.exp().sum()<=1+1e-9
+            whole = {t: -ctc_loss(line[None].float(), torch.tensor([t or (0,)]), torch.tensor([len(t)])).item() for t in there}
+            assert all(v<=whole[t]+1e-4 for t,v in zip(there, p.tolist()))
+
+def test_readings_that_cannot_be_asked_for():
+    for n,letters,C in ((0,8,5), (2,0,5), (2,8,1)):
+        with pytest.raises(UserError, match='nbest: n and letters'): nbest(randn(2,4,C), n, letters=letters)
+    with pytest.raises(UserError, match='a temperature above 0'): ctc_nbest(line(), line(1), T=0.)
+
 # ---- where a writer looks
 
 def test_attention_kl_written_out():

@@ -172,3 +172,115 @@ def test_a_reader_of_paddles_kind(tmp_path):
     q = quantisable(small_rec(alphabet).eval(), lines)
     file = export_int8(q, tmp_path/'rec.onnx', lines, 'rec', alphabet)
     assert open_onnx(file)[1]['character']==alphabet.chars
+
+# ---- networks in which a fold, a size or a name would do harm
+
+class Twice(nn.Module):
+    "One convolution, a norm for each of its uses"
+    def __init__(self):
+        super().__init__()
+        self.c,self.b1,self.b2 = nn.Conv2d(3, 3, 3, padding=1),nn.BatchNorm2d(3),nn.BatchNorm2d(3)
+    def forward(self, x): return self.b2(self.c(self.b1(self.c(x)).relu()))
+
+class SharedNorm(Twice):
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Conv2d(3, 3, 1)
+    def forward(self, x): return self.b1(self.d(self.b1(self.c(x)).relu()))
+
+class Around(Twice):
+    "What the convolution gives goes past the norm too"
+    def forward(self, x):
+        y = self.c(x)
+        return self.b1(y).relu()+y
+
+class InPlace(Twice):
+    def forward(self, x): return self.b1(self.c(x).relu_())
+
+class Activates(nn.BatchNorm2d):
+    def forward(self, x): return super().forward(x).relu()
+
+class OwnNorm(Twice):
+    def __init__(self):
+        super().__init__()
+        self.b1 = Activates(3)
+    def forward(self, x): return self.b1(self.c(x))
+
+class ByName(Twice):
+    def forward(self, x): return self.b1(input=self.c(x))
+
+class OfTheBatch(Twice):
+    def __init__(self):
+        super().__init__()
+        self.b1 = nn.BatchNorm2d(3, track_running_stats=False)
+    def forward(self, x): return self.b1(self.c(x))
+
+class Dicts(Twice):
+    def forward(self, x): return dict(a=self.b1(self.c(x)), more=(self.b2(self.c(x)),))
+
+def drawn(make, seed=0):
+    "A network with norms of odd statistics"
+    torch.manual_seed(seed)
+    net = make()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            m.running_mean.normal_()
+            m.running_var.uniform_(.2, 3)
+            nn.init.uniform_(m.weight, .3, 2)
+            nn.init.normal_(m.bias)
+    return net.eval()
+
+def answers(net, x):
+    with torch.no_grad(): o = net(x)
+    return torch.cat([o['a'], *o['more']]) if isinstance(o, dict) else o
+
+@pytest.mark.parametrize('make', [Twice, SharedNorm, Around, InPlace, OwnNorm, ByName, OfTheBatch, Dicts], ids=lambda o: o.__name__)
+def test_a_norm_that_cannot_be_folded_stays(make):
+    net,x = drawn(make),pictures()[0]
+    student = switch(quantisable(net, pictures()), False)
+    torch.testing.assert_close(answers(student, x), answers(net, x), rtol=1e-4, atol=1e-4)
+    assert all(p.requires_grad for p in student.parameters())
+    assert isinstance(student.b1, nn.Identity)==(make is ByName)
+
+def test_biases_of_folds_learn(net):
+    student = quantisable(net, pictures())
+    student(pictures()[0]).square().mean().backward()
+    assert student.stem[0].bias.grad.abs().sum()>0
+
+def test_a_second_time(net):
+    "On other, louder pictures"
+    x,louder = pictures()[0],[20*o*torch.linspace(.05, 1, 3).view(3,1,1) for o in pictures(seed=5)]
+    student = switch(quantisable(net, pictures()), False)
+    was = student(x)
+    equalise(student, louder)
+    torch.testing.assert_close(switch(student, False)(x), was, rtol=1e-4, atol=1e-4)
+    again = quantisable(student, louder)
+    torch.testing.assert_close(switch(again, False)(x), was, rtol=1e-4, atol=1e-4)
+
+def test_tied_weights_keep_their_function():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    net[2].weight = net[0].weight
+    x = torch.randn(16, 8)*torch.logspace(-1, 1.3, 8)
+    torch.testing.assert_close(switch(quantisable(net, [x]), False)(x), net(x), rtol=1e-4, atol=1e-4)
+
+def test_a_shared_convolution_in_a_file(tmp_path):
+    net = drawn(Twice)
+    student = quantisable(net, pictures())
+    export_int8(student, tmp_path/'t.onnx', pictures(), shape=(3,16,16))
+
+@pytest.mark.parametrize('equal', [True, False])
+def test_a_checkpoint_of_other_pictures(net, equal):
+    one,other = quantisable(net, pictures()),quantisable(net, [9*o for o in pictures(seed=3)], equal=equal)
+    other.load_state_dict(one.state_dict())
+    x = pictures()[1]
+    torch.testing.assert_close(other(x), one(x))
+
+def test_what_cannot_be_compared_or_is_not_there(net, tmp_path):
+    student = quantisable(net, pictures())
+    with pytest.raises(UserError, match='harms: no pictures'): harms(student, net, [])
+    dicts = drawn(Dicts)
+    with pytest.raises(UserError, match='the teacher gives a dict'): harms(quantisable(dicts, pictures()), dicts, pictures())
+    with pytest.raises(UserError, match='no pictures on which'): export_int8(student, tmp_path/'a.onnx', [])
+    with pytest.raises(UserError, match="no layer 'stm'.*stem.0"): quantisable(net, pictures(), leave=['stm'])
+    assert not list(tmp_path.iterdir())

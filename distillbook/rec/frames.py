@@ -144,6 +144,8 @@ def _best_beams(ends_blank, ends_letter, grow, letters, beams):
     key,length,last = [pick(beams[k]) for k in ('key','length','last')]
     ends_letter = torch.where(stays, pick(ends_letter), every.gather(1, best))
     key,last = torch.where(stays, key, key*PRIME+letter),torch.where(stays, last, letter)
+    nothing = -1-torch.arange(B, device=key.device) # A beginning that cannot be is the same as no other
+    key = torch.where(every.gather(1, best)>-INF, key, nothing)
     return dict(text=text, length=length+~stays, key=key, last=last, letter=ends_letter,
         blank=pick(ends_blank).masked_fill(~stays, -INF))
 
@@ -157,6 +159,8 @@ def nbest(
 )->tuple: # Labels [N,n,T] padded with 0, lengths [N,n], log-probabilities [N,n], minus infinity for no reading
     "The most probable readings of each line, the best first"
     logp,(N,T,C),B = logits.log_softmax(-1),logits.shape,max(n, beam)
+    if C<2 or min(n, letters)<1:
+        raise UserError("nbest: n and letters are 1 or more, and so are classes beside the blank")
     zeros = torch.zeros(N, B, dtype=torch.int64, device=logp.device)
     none = logp.new_full((N,B), -INF)
     beams = dict(text=zeros[...,None].expand(-1, -1, T+1), length=zeros, last=zeros, letter=none,
@@ -175,7 +179,7 @@ def ctc_nbest(
     beam:int=8, letters:int=8, # See `nbest`
 )->Tensor: # Mean over the lines
     "CTC with the teacher's best readings for labels, each by its probability"
-    if n<1: raise UserError(f"ctc_nbest: one reading or more, not {n}")
+    if n<1 or T<=0: raise UserError(f"ctc_nbest: one reading or more and a temperature above 0, not {n} and {T}")
     s,t = of_one_alphabet('ctc_nbest', student, teacher)
     labels,length,logp = nbest(t, n, beam, letters)
     each = ctc_each(s.repeat_interleave(n, 0), labels.flatten(0, 1), length.flatten()).view(-1, n)
