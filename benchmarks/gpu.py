@@ -234,10 +234,10 @@ def measured(work, ways, o, rounds=4, seconds=2.5):
             rows[name]['first_s'] = round(time.perf_counter()-start, 1)
             rows[name]['host_ms'] = host_ms(way, 2 if o.small else 5)
             if on_gpu or way.runner is None:
-                with way: rows[name] |= profiled(work.step, work.device)
+                with way: rows[name] |= profiled(way.work.step, work.device)
             if on_gpu: rows[name]['peak_GB'] = round(torch.cuda.max_memory_allocated()/2**30, 2)
             if way.failed(): rows[name]['fell_back'] = way.failed()
-            if not bool(work.loss.isfinite()): rows[name]['error'] = f'the loss is {work.loss.item()}'
+            if not bool(way.work.loss.isfinite()): rows[name]['error'] = f'the loss is {way.work.loss.item()}'
         except Exception as e:
             rows[name]['error'] = error_of(e)
             del alive[name]
@@ -328,6 +328,34 @@ def long(kind, precision, o):
         seconds=round(time.perf_counter()-start, 1), fell_back=way.failed())]
 
 
+class Backbones:
+    "Two of PP-OCRv3's recognition backbones, or both in one network of groups; `step` goes forward and back"
+    kind = 'twins'
+    def __init__(self, grouped, precision, o):
+        from benchmarks.speed import doubled
+        from distillbook.nets import Nets
+        from distillbook.rec.backbone import MobileNetV1Enhance
+        def new(): return MobileNetV1Enhance(scale=.125 if o.small else .5, last_conv_stride=(1,2), last_pool_type='avg', last_pool_kernel_size=(2,2))
+        torch.manual_seed(0)
+        self.precision,self.device = precision,torch.device(o.device)
+        self.nets = Nets(dict(Both=doubled(new())) if grouped else dict(A=new(), B=new())).to(self.device, memory_format=torch.channels_last).train()
+        x = torch.randn(2 if o.small else 128, 3, 48, 64 if o.small else 320)
+        self.xb = (torch.cat([x,x], 1) if grouped else x).to(self.device, memory_format=torch.channels_last),
+
+    def step(self):
+        dtype = DTYPES[self.precision]
+        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None): outs = self.nets(*self.xb)
+        self.loss = sum(v.float().square().mean() for v in outs.values())
+        self.loss.backward()
+        for p in self.nets.parameters(): p.grad = None
+
+
+def twins(precision, o):
+    "Two networks of one design beside both in one network of groups"
+    two,one = Backbones(False, precision, o),Backbones(True, precision, o)
+    return measured(two, {'one after the other': Way(two), 'recorded, a stream each': Way(two, record=True), 'as groups': Way(one), 'as groups, recorded': Way(one, record=True)}, o)
+
+
 def files(kind, precision, o):
     "A run from files, as `distillbook train` does it: samples a second, how long the loop waits for them, and how busy the GPU is"
     from benchmarks.loaders import make_page_files, make_words_files
@@ -390,7 +418,7 @@ JOBS = { # Name to a function of the options and the seconds that it may take; t
     'compiled rec bf16': (partial(compiled, 'rec', 'bf16'), 80), 'long rec bf16': (partial(long, 'rec', 'bf16'), 60),
     'long rec fp16': (partial(long, 'rec', 'fp16'), 60), 'rec fp32': (partial(steps, 'rec', 'fp32'), 40), 'cml fp32': (partial(steps, 'cml', 'fp32'), 40),
     'rec fp16': (partial(steps, 'rec', 'fp16'), 40), 'cml fp16': (partial(steps, 'cml', 'fp16'), 40), 'layout rec bf16': (partial(layout, 'rec', 'bf16'), 45),
-    'files cml bf16': (partial(files, 'cml', 'bf16'), 60), 'compiled cml bf16': (partial(compiled, 'cml', 'bf16'), 100), 'layout cml bf16': (partial(layout, 'cml', 'bf16'), 45)}
+    'files cml bf16': (partial(files, 'cml', 'bf16'), 60), 'compiled cml bf16': (partial(compiled, 'cml', 'bf16'), 100), 'twins bf16': (partial(twins, 'bf16'), 20), 'layout cml bf16': (partial(layout, 'cml', 'bf16'), 45)}
 
 
 # ---- one process works, another watches

@@ -110,7 +110,7 @@ def outside(
 def reached(learn:DistillLearner, dl)->dict:
     "Which trainable parameters get a gradient from a batch; networks and generators are afterwards what they were"
     nets = get_model(learn.model)
-    xb,yb = _first_batch(learn.dls, nets.want_targets())
+    xb,yb = _first_batch(learn.dls, next(nets.parameters()).device, nets.want_targets())
     with dry_run(nets), torch.enable_grad():
         learn.loss_func(nets.train()(*xb), *yb).backward()
         res = {k: p.grad is not None for k,p in nets.named_parameters() if p.requires_grad}

@@ -18,8 +18,8 @@ import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, detuplify, get_model, no_random,
-                           noop, to_detach, to_device)
+from fastai.basics import (Adam, AvgSmoothLoss, Callback, ContextManagers, default_device, detuplify, get_model,
+                           no_random, noop, to_detach, to_device)
 from fastai.callback.all import MixHandler, TrackerCallback, LRFinder
 from .cache import CachedNet, WatchCache
 from .core import UserError, unknown
@@ -204,15 +204,15 @@ def plot_terms(self:DistillLearner,
     return ax
 
 # %% ../nbs/learning/04_learner.ipynb #642f2daa
-def _first_batch(dls, with_targets):
-    "Inputs and targets of the first batch, which the loader will give again"
+def _first_batch(dls, device, with_targets=False):
+    "Inputs and targets of the first batch, which the loader will give again, on a device"
     dl = dls[0]
     rng,generator = copy.copy(getattr(dl, 'rng', None)),getattr(dl, 'generator', None)
     state = generator.get_state() if generator is not None else None
     with no_random(): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
     if rng is not None: dl.rng = rng
     if generator is not None: generator.set_state(state)
-    if device := getattr(dls, 'device', None): batch = to_device(batch, device)
+    batch = to_device(batch, device)
     def plain(o): return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
     xb,yb = split_batch(mapped(plain, batch), getattr(dls, 'n_inp', None))
     return ((*xb, Targets(yb)) if with_targets else xb),yb
@@ -234,9 +234,10 @@ def distill_learner(
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
     if not isinstance(nets, Nets): nets = Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
-    nets.to(getattr(dls, 'device', None) or 'cpu')
+    device = getattr(dls, 'device', None) or default_device()
+    nets.to(device)
     loss,columns = Terms(nets, terms),net_metrics(nets, metrics)
-    xb,yb = _first_batch(dls, nets.want_targets())
+    xb,yb = _first_batch(dls, device, nets.want_targets())
     outs = loss.connect(xb, yb)
     try_metrics(columns, nets, xb, yb, outs)
     keep = [KeepBest(monitor)] if monitor else []

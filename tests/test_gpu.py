@@ -3,6 +3,7 @@ import copy, functools, json, logging, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F, yaml
 from fastai.basics import Callback, DataLoader, DataLoaders, accuracy, set_seed
 from torch import distributed as dist, nn
+from benchmarks.methods import __main__ as which, cifar
 from distillbook import cache, core
 from distillbook.backbones import PPLCNetV3
 from distillbook.cache import CachedNet
@@ -285,6 +286,21 @@ def small_learner(device='cuda', **kw):
     dls = DataLoaders(DataLoader(items(), bs=8, shuffle=True), DataLoader(items(), bs=8), device=device)
     return distill_learner(dls, dict(Teacher=small(8), Student=small(4)), TERMS, frozen=['Teacher'], metrics=accuracy, **kw)
 
+@pytest.mark.parametrize('where', ['batches','one network','nowhere'])
+def test_loaders_without_a_device(where):
+    "PyTorch's loaders have none: all is on the GPU from the first batch on, as fastai has it in a fit"
+    class Batches:
+        n_inp = 1
+        def __len__(self): return 2
+        def __iter__(self):
+            for b in torch.utils.data.DataLoader(items(16), batch_size=8): yield [o.cuda() for o in b] if where=='batches' else b
+    nets = dict(Teacher=small(8), Student=small(4))
+    if where=='one network': nets['Teacher'].cuda()
+    learn = distill_learner(DataLoaders(Batches(), Batches()), nets, TERMS, frozen=['Teacher'], metrics=accuracy)
+    quiet_fit(learn, 1)
+    assert {p.device.type for p in learn.model.parameters()}=={'cuda'} and len(learn.parts())==2
+    assert summary(learn)['terms']
+
 def quiet_fit(learn, *args, **kw):
     with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kw)
 
@@ -358,6 +374,17 @@ def test_ranks(tmp_path):
         assert [len(devices.part_of(learn.dls.train, r, 2, True)) for r in (0, 1)]==[2,2]
         assert all(b[0].is_cuda for b in devices.part_of(learn.dls.train, 0, 2, True))
     finally: dist.destroy_process_group()
+
+def test_every_method_on_a_tiny_cifar(tmp_path, monkeypatch):
+    "`--full --data --device cuda` in the time that it is given: teachers, students, losses with a memory and measures, all there"
+    for k,v in dict(WIDTHS=(2,4,4,8), DEPTHS=dict(teacher=14, student=8), BS=8, MOST=1, where=dict(cifar.where)).items(): monkeypatch.setattr(cifar, k, v)
+    monkeypatch.setattr(which.Table.step_times, '__defaults__', (1,))
+    cifar.make_cifar(tmp_path, 24, 8, classes=4)
+    for f in (cifar.pictures, cifar.teacher): f.cache_clear()
+    which.main(['--full', '--data', str(tmp_path), '--device', 'cuda', '--minutes', '60', '--seeds', '0', '--out', str(tmp_path/'out')])
+    got = json.loads((tmp_path/'out'/'methods_cifar.json').read_text())
+    assert set(got['runs']['1']['0'])=={'Alone','label_smoothing',*cifar.METHODS} and cifar.teacher('Teacher').head[2].weight.is_cuda
+    for f in (cifar.pictures, cifar.teacher): f.cache_clear()
 
 # ---- mistakes, made on purpose
 

@@ -84,7 +84,7 @@ def test_summary_of_detectors():
 
 def test_gpu_without_one(tmp_path):
     "`benchmarks.gpu` from end to end on tiny networks: rows are measured, what fails is recorded, and the others go on"
-    jobs = 'rec fp16','rec bf16','learner rec bf16','files rec bf16'
+    jobs = 'rec fp16','rec bf16','learner rec bf16','files rec bf16','twins bf16'
     out = tmp_path/'gpu.json'
     r = subprocess.run([sys.executable, '-m', 'benchmarks.gpu', '--device', 'cpu', '--small', '--json', str(out), '--seconds', '400', '--jobs', *jobs], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert r.returncode==0, r.stderr
@@ -92,6 +92,7 @@ def test_gpu_without_one(tmp_path):
     assert set(rows)==set(jobs)
     assert all('LSTM' in o['error'] for o in rows['rec fp16']) # No float16 for LSTMs on a CPU
     assert [o['way'] for o in rows['rec bf16']]==['plain','recorded','recorded, a stream each'] and all(o['ms']>0 and 'error' not in o and 'fell_back' not in o for o in rows['rec bf16'])
+    assert [o['ratio']>0 and 'fell_back' not in o for o in rows['twins bf16']]==[True]*4
     assert rows['learner rec bf16'][0]['ratio']>0 and rows['files rec bf16'][0]['samples_s']>0
 
 def test_triton_depthwise():

@@ -86,8 +86,23 @@ def test_the_table_of_a_few(problem, tmp_path, monkeypatch):
     assert set(got['runs']['1'])=={'0','1'} and set(got['runs']['1']['0'])=={'Alone',*methods}
     assert set(got['weights'])==set(methods) and all(np.isfinite(o['weight']) and o['weight']>0 for o in got['weights'].values())
 
+def test_as_many_epochs_as_there_is_time_for(hundred, tmp_path, monkeypatch, capsys):
+    "Chosen once for a folder; where there is no time for one, how long that would be"
+    for k,v in dict(WIDTHS=(2,4,4,8), DEPTHS=dict(teacher=14, student=8), BS=10, MOST=2, where=dict(cifar.where)).items(): monkeypatch.setattr(cifar, k, v)
+    for f in (cifar.pictures, cifar.teacher): f.cache_clear()
+    monkeypatch.setattr(table.Table.step_times, '__defaults__', (1,))
+    def run(minutes, out): table.main(['--full', '--data', str(hundred), '--minutes', str(minutes), '--seeds', '0', '--only', 'kd', '--out', str(out)])
+    run(60, tmp_path/'long')
+    assert '2 epochs fit into 60 minutes' in capsys.readouterr().out and set(json.loads((tmp_path/'long'/'methods_cifar.json').read_text())['runs'])=={'2'}
+    assert {o.name for o in (tmp_path/'long').glob('*.pth')}=={'Teacherx2.pth'}
+    with monkeypatch.context() as m:
+        m.setattr(cifar, 'epochs_for', None)
+        run(60, tmp_path/'long')
+    with pytest.raises(UserError, match='an epoch of everything with 1 seed takes .* of 1e-06 there are 0.0 left'): run(1e-6, tmp_path/'short')
+    for f in (cifar.pictures, cifar.teacher): f.cache_clear()
+
 def test_full_wants_files():
-    for args in (['--full'], ['--data', '.']):
+    for args in (['--full'], ['--data', '.'], ['--full', '--data', '.', '--choose'], ['--full', '--data', '.', '--device', 'cuda']):
         with pytest.raises(SystemExit): table.main(args)
 
 def test_half_of_a_batch_has_labels():

@@ -3,6 +3,7 @@
 #
 #   tools/on_a_gpu.sh wheels            here, with a network: all that a bare machine with PyTorch and Python 3.12 lacks goes into .whl/ (not in git, some 45 MB)
 #   tools/on_a_gpu.sh [FOLDER] [PARTS]  there: results in FOLDER, default $OUT or runs/gpu; PARTS in this order, default "tests benchmark run"
+#   tools/on_a_gpu.sh "" methods        there, in a command of its own: all methods on made-up pictures in CIFAR-100's format, in $MINUTES (default 8)
 #
 # A part that fails does not stop the next one; the status at the end says whether all went well.
 set -uo pipefail
@@ -60,9 +61,18 @@ run() {
     return $status
 }
 
+methods() {
+    python3 -c "from benchmarks.methods.cifar import make_cifar; make_cifar('$out/cifar', 50000, 10000)" || return
+    python3 -m benchmarks.methods --full --data "$out/cifar" --device cuda --minutes "${MINUTES:-8}" --out "$out/methods"
+    local status=$?
+    rm -rf "$out/cifar" "$out"/methods/*.pth
+    return $status
+}
+
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part tests tests
 part benchmark python3 -m benchmarks.gpu --json "$out/gpu.json"
 part run run
+part methods methods
 printf '\n== done (%s s)%s\n' "$SECONDS" "${failed:+, failed:$failed}"
 [ -z "$failed" ]

@@ -1,7 +1,7 @@
 """Which loss? Every method of distillation on one problem, with one budget, against a twin that has the labels only.
 
     python -m benchmarks.methods --problem digits|lines|pages [--labels 200] [--seeds 0 1 2 3 4] [--epochs 12 36] [--only kd rkd ...] [--out FOLDER]
-    python -m benchmarks.methods --full --data FOLDER [--device cuda] [--epochs 8] ...
+    python -m benchmarks.methods --full --data FOLDER [--device cuda] [--minutes 10] ...
 
 Problems: scikit-learn's digits (a classifier), rendered lines with an unseen font (a CTC reader), rendered pages (a detector); what they are stands in
 benchmarks/methods/digits.py, lines.py and pages.py. `--full` is CIFAR-10 or CIFAR-100 from files that you have, see cifar.py.
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from fastai.basics import set_seed
 from benchmarks.methods.common import fit, kept, place
-from benchmarks.quickstart import machine
-from distillbook.core import write_beside
+from benchmarks.gpu import machine_of
+from distillbook.core import UserError, write_beside
 from distillbook.nets import Nets, Targets
 from distillbook.terms import Terms
 
@@ -63,16 +63,16 @@ class Table:
             res[m] = lengths[1]/lengths[0]
         return res
 
-    def side_by_side(self, students, seed, epochs):
+    def side_by_side(self, students, seed, epochs, dls=None, **kwargs):
         "{name: (method, weight)} trained in one learner; the networks"
         p,given = self.problem,self.asked([m for m,_ in students.values()])
-        dls = p.dls(seed, self.labels)
+        dls = dls or p.dls(seed, self.labels)
         set_seed(seed)
         first = p.first()
         nets = {n: copy.deepcopy(first) for n in ('Alone', *p.ALONE)} | {n: p.student(m, copy.deepcopy(first)) for n,(m,_) in students.items()}
         terms = [p.lesson('Alone'), *(make(n) for n,make in p.ALONE.items())]
         terms += [t for n,(m,w) in students.items() for t in (p.lesson(n, m), self.taught(m, n, w))]
-        fit({**given, **nets}, terms, dls, epochs, list(given), lr=p.LR, **getattr(p, 'FIT', {}))
+        fit({**given, **nets}, terms, dls, epochs, list(given), **dict(lr=p.LR) | getattr(p, 'FIT', {}) | kwargs)
         return nets
 
     def chosen(self, methods, epochs, choose):
@@ -85,6 +85,11 @@ class Table:
         of = {m: {f: score[f'{m} {i}'] for i,f in enumerate(FACTORS)} for m in methods}
         best = {m: max(FACTORS, key=lambda f: (of[m][f], f==1)) for m in methods}
         return {m: dict(factor=best[m], weight=best[m]/unit[m], tried={f'{f:g}': round(v, 4) for f,v in of[m].items()}) for m in methods}
+
+    def epochs_for(self, minutes, methods, seeds):
+        "How many fit, see cifar.py"
+        students = {m: (m, 1.) for m in methods}
+        return self.problem.epochs_for(minutes, seeds, lambda dls, cbs: self.side_by_side(students, 0, 1, dls, lr=1e-6, cbs=cbs))
 
     def measured(self, weights, methods, seed, epochs):
         students = {m: (m, weights[m]['weight']) for m in methods}
@@ -129,6 +134,7 @@ def arguments():
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2,3,4])
     ap.add_argument('--epochs', type=int, nargs='+', help='One number, or several, each of which is measured; default: as the problem says')
     ap.add_argument('--only', nargs='+', metavar='METHOD', help='Not all methods')
+    ap.add_argument('--minutes', type=float, default=10, help='For --full without --epochs: as many epochs as fit into this time; default: 10')
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--out', type=Path, help='Folder; default: runs/methods_PROBLEM')
     return ap
@@ -137,20 +143,25 @@ def main(args=None):
     ap = arguments()
     a = ap.parse_args(args)
     if a.full!=bool(a.data): ap.error("--full and --data FOLDER, where CIFAR's own files lie, belong together")
+    if a.full and a.choose and not a.epochs: ap.error('--choose wants to know --epochs')
+    if a.device!='cpu' and not torch.cuda.is_available(): ap.error(f'--device {a.device}: there is no GPU here')
     if a.full: a.problem = 'cifar'
     problem = importlib.import_module(f'benchmarks.methods.{a.problem}')
     methods,a.epochs,a.labels = a.only or list(problem.METHODS),a.epochs or problem.EPOCHS,a.labels or problem.LABELS
     if bad := [m for m in methods if m not in problem.METHODS]: ap.error(f"no method {bad[0]!r}; there are {', '.join(problem.METHODS)}")
-    if a.full: problem.where.update(data=a.data, device=a.device, epochs=a.epochs[0])
+    if a.full: problem.where.update(data=a.data, device=a.device)
     torch.set_num_threads(a.threads)
     place['folder'] = out = a.out or Path(f'runs/methods_{a.problem}')
     out.mkdir(parents=True, exist_ok=True)
     table,about = Table(problem, a.labels),[methods, a.labels, a.choose]
+    if a.full:
+        a.epochs = a.epochs or [epochs_that_fit(table, methods, a, out)]
+        problem.where['epochs'] = a.epochs[0]
     teacher = kept(out/'teacher.json', lambda: {n: round(problem.score(problem.teacher(n), 'test'), 4) for n in problem.TEACHERS}, a.epochs[0] if a.full else None)
     costs = kept(out/'costs.json', lambda: table.step_times(methods), methods)
     weights = kept(out/'weights.json', lambda: table.chosen(methods, a.epochs[0], a.choose), about)
     said = ['FOLDER' if o in (str(a.out), str(a.data)) else o for o in (sys.argv[1:] if args is None else args)]
-    res = dict(command=' '.join(['python -m benchmarks.methods', *said]), machine=machine(), problem=problem.__doc__, measured=problem.MEASURED)
+    res = dict(command=' '.join(['python -m benchmarks.methods', *said]), machine=machine_of(a.device), problem=problem.__doc__, measured=problem.MEASURED)
     res |= dict(labels=a.labels or 'all', epochs=a.epochs, teacher=teacher['made'], costs=costs['made'], weights=weights['made'], runs={})
     if hasattr(problem, 'papers'): res['papers'] = problem.papers()
     res['cpu_seconds'] = {'teachers': teacher['cpu_seconds'], 'choosing weights': weights['cpu_seconds']}
@@ -163,10 +174,18 @@ def main(args=None):
             print(f"seed {seed}, {epochs} epochs, {got['cpu_seconds']:.0f} s:", {k: round(v-got['made']['Alone'], 3) for k,v in got['made'].items()}, flush=True)
     if 'papers' in res: print_beside(res)
 
+def epochs_that_fit(table, methods, a, out):
+    "Chosen once for a folder, and said"
+    n = kept(out/'epochs.json', lambda: table.epochs_for(a.minutes, methods, len(a.seeds)), [a.minutes, methods, len(a.seeds)])['made']
+    print(f"{n} epoch{'s'*(n!=1)} fit into {a.minutes:g} minutes", flush=True)
+    return n
+
 def print_beside(res):
     "The mean of the seeds beside the papers' figure, per cent"
     runs = list(res['runs'][f"{res['epochs'][0]}"].values())
     ours = {m: 100*sum(r[m] for r in runs)/len(runs) for m in runs[0]}
     for m in sorted(ours, key=ours.get, reverse=True): print(f"{m:20} ours {ours[m]:6.2f}   paper {res['papers'].get(m, float('nan')):6.2f}")
 
-if __name__=='__main__': main()
+if __name__=='__main__':
+    try: main()
+    except UserError as e: sys.exit(f'error: {e}')

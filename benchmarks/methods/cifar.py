@@ -1,15 +1,15 @@
 """CIFAR-10 or CIFAR-100 from files in its own format, Python's or the binary one: a ResNet32x4 teaches a ResNet8x4, the papers' favourite pair.
 
 All 50,000 pictures have a label (`--labels`: fewer), 10,000 are measured on, there are none to choose by. Pictures are shifted by up to four pixels and turned round; one cycle of SGD
-takes the place of the papers' 240 epochs in steps. `paper` beside our numbers is the accuracy that authors give for CIFAR-100, see papers.csv."""
-import csv
+takes the place of the papers' 240 epochs in steps, with as many epochs as `--minutes` have room for unless `--epochs` says how many. `paper` beside our numbers is the accuracy that authors give for CIFAR-100, see papers.csv."""
+import csv, pickle, time
 from functools import cache, partial
 from pathlib import Path
 import numpy as np, torch
-from fastai.basics import DataLoaders, SGD, set_seed
+from fastai.basics import Callback, DataLoaders, SGD, set_seed
 from torch import nn
-from benchmarks.methods.common import fit, kept_net, on
-from distillbook.core import UserError
+from benchmarks.methods.common import fit, kept_net, on, place
+from distillbook.core import UserError, write_beside
 from distillbook.features import cwd, ofd, ofd_margin, pkd, pyramid
 from distillbook.learned import CRD, CTKD, Ensemble, Generation, Orthogonal, Reused, ReviewKD, VID
 from distillbook.logits import mlkd, nkd, ttm, wsl, wttm
@@ -19,10 +19,10 @@ from distillbook.relations import itrd, pkt, rkd, sp
 from distillbook.terms import Term
 from distillbook.use.weights import read_pickle
 
-EPOCHS,LABELS,BS,LR = [8],None,128,.1
+EPOCHS,LABELS,BS,LR,MOST = None,None,128,.1,240
 FIT = dict(opt_func=partial(SGD, decouple_wd=False), wd=5e-4)
 MEASURED = 'pictures named rightly'
-where = dict(data=None, device='cpu', epochs=8) # The teacher's epochs are as many as the students'
+where = dict(data=None, device='cpu', epochs=0) # The teacher's epochs are as many as the students'
 
 # ---- files
 
@@ -69,20 +69,32 @@ def pictures(part):
 
 def classes(): return int(pictures('learn')[1].max())+1
 
+def make_cifar(folder, n, tests, classes=100, seed=0):
+    "Pictures made up, in CIFAR-100's own format: a soft pattern for each class under noise. For machines that have no CIFAR, to try the program and the time it takes"
+    rng,d = np.random.default_rng(seed),Path(folder)/'cifar-100-python'
+    d.mkdir(parents=True, exist_ok=True)
+    patterns = rng.normal(128, 40, (classes,3,8,8)).repeat(4, 2).repeat(4, 3)
+    for part,k in (('train', n), ('test', tests)):
+        y = rng.permutation(np.arange(k)%classes)
+        x = np.clip(patterns[y]+rng.normal(0, 60, (k,3,32,32)), 0, 255).astype(np.uint8).reshape(k, 3072)
+        with write_beside(d/part) as tmp: tmp.write_bytes(pickle.dumps({b'data': x, b'fine_labels': y.tolist()}, protocol=2))
+
 class Crops:
     "Shuffled batches of picture, label (-100: none) and number; each picture shifted and perhaps turned round"
     n_inp = 1
-    def __init__(self, seed, labels, bs):
+    def __init__(self, seed, labels, bs, steps=None):
         self.x,self.y = pictures('learn')
         self.n,self.seed,self.epoch,self.bs = len(self.x),seed,0,min(bs, len(self.x))
+        self.steps = min(steps or self.n, self.n//self.bs)
         if labels and labels<self.n:
             some = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))[labels:]
             self.y = self.y.index_fill(0, some.to(self.y.device), -100)
-    def __len__(self): return self.n//self.bs
+    def to(self, device): pass # They are there
+    def __len__(self): return self.steps
     def set_epoch(self, epoch, skip=0): self.epoch = epoch
     def __iter__(self):
         g = torch.Generator().manual_seed(1000*self.seed+self.epoch)
-        for i in torch.randperm(self.n, generator=g)[:len(self)*self.bs].view(-1, self.bs):
+        for i in torch.randperm(self.n, generator=g)[:self.n//self.bs*self.bs].view(-1, self.bs)[:self.steps]:
             dy,dx,turn = (torch.randint(k, (self.bs,1,1), generator=g) for k in (9, 9, 2))
             row,col = torch.arange(32)[:,None]+dy,torch.arange(32)+dx
             col = torch.where(turn>0, col.flip(2), col)
@@ -90,13 +102,48 @@ class Crops:
             padded = nn.functional.pad(self.x[i], (4,4,4,4))
             yield padded[torch.arange(self.bs, device=i.device)[:,None,None,None],torch.arange(3, device=i.device)[:,None,None],row[:,None],col[:,None]],self.y[i],i
 
-def dls(seed, labels):
-    data = Crops(seed, labels, BS)
+def dls(seed, labels, steps=None):
+    data = Crops(seed, labels, BS, steps)
     return DataLoaders(data, data, device=where['device'])
 
 def batch():
     x,y = pictures('learn')
     return x[:BS],(y[:BS], torch.arange(len(x[:BS]), device=x.device))
+
+# ---- how many epochs there is time for
+
+class Clock(Callback):
+    "When each step had ended, on the device too"
+    order = 90
+    def __init__(self): self.ends = []
+    def after_batch(self):
+        if where['device']!='cpu': torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+def timed(train, steps):
+    "Seconds of a step, and what a run takes besides; of a run of so many"
+    clock,start = Clock(),time.perf_counter()
+    train(dls(0, None, steps), [clock])
+    took = np.diff([start, *clock.ends])
+    a_step = float(np.median(took[len(took)//2:]))
+    return a_step,max(time.perf_counter()-start-len(clock.ends)*a_step, 0)
+
+def epochs_for(minutes, seeds, students, steps=14):
+    "How many epochs of teacher and students fit into some minutes; `students(dls, cbs)` trains those of one seed"
+    begun,folder,of_one = time.perf_counter(),place['folder'],len(Crops(0, None, BS))
+    place['folder'],where['epochs'] = None,0
+    try:
+        each,more = timed(students, steps)
+        teacher_s,_ = timed(lambda dls, cbs: fit({'Teacher': ResNet(DEPTHS['teacher'], WIDTHS)}, [lesson('Teacher')], dls, 1, lr=1e-6, cbs=cbs, **FIT), steps)
+    finally:
+        place['folder'] = folder
+        teacher.cache_clear()
+    scored = .15*of_one*each # A fifth as many pictures are measured on, forwards only, in float32
+    left = .95*60*minutes-(time.perf_counter()-begun)-seeds*(scored+more)-2*more-20*each
+    an_epoch = of_one*(seeds*each+teacher_s)
+    if left<an_epoch: raise UserError(f"an epoch of everything with {seeds} seed{'s'*(seeds!=1)} takes {an_epoch/60:.1f} minutes here, of {minutes:g} there are {max(left, 0)/60:.1f} left: "
+        "--minutes gives more, --seeds and --only ask for less")
+    return min(int(left/an_epoch), MOST)
 
 # ---- networks
 
@@ -143,7 +190,8 @@ TEACHERS = ('Teacher',)
 @cache
 def teacher(name):
     set_seed(50)
-    def train(net): fit({name: net}, [lesson(name)], dls(50, None), where['epochs'], lr=LR, **FIT)
+    def train(net):
+        if where['epochs']: fit({name: net}, [lesson(name)], dls(50, None), where['epochs'], lr=LR, **FIT)
     return kept_net(f'{name}x{where["epochs"]}', ResNet(DEPTHS['teacher'], WIDTHS), train).to(where['device'])
 
 told = teacher # It is asked as it goes: every picture is another each time

@@ -18,9 +18,10 @@ class Quiet(Callback):
     "No validation"
     def before_validate(self): raise CancelValidException
 
-def fit(nets, terms, dls, epochs, frozen=(), lr=1e-2, **kwargs):
-    "One cycle of training without validation; the learner"
-    learn = distill_learner(dls, nets, terms, frozen=frozen, cbs=Quiet(), lr=lr, **kwargs)
+def fit(nets, terms, dls, epochs, frozen=(), lr=1e-2, cbs=(), **kwargs):
+    "One cycle of training without validation, in bfloat16 on a GPU; the learner"
+    learn = distill_learner(dls, nets, terms, frozen=frozen, cbs=[Quiet(), *cbs], lr=lr, **kwargs)
+    if str(getattr(dls, 'device', 'cpu')).startswith('cuda'): learn.to_bf16()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
     return learn
 

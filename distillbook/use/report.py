@@ -89,13 +89,13 @@ def _shape(pictures, own):
 
 def _of_learner(learn):
     nets = get_model(learn.model)
-    xb,yb = _first_batch(learn.dls, False)
+    xb,yb = _first_batch(learn.dls, device_of(nets))
     return Setup(nets, learn.loss_func, _outputs(nets, xb, yb), tuple(yb), tuple(xb[0].shape[1:]), {})
 
 # %% ../../nbs/use/04_report.ipynb #49a4979c
 def _batch(exp):
     if exp.dls is None: raise UserError("there are no data, and no batch was made up: Experiment(example=)")
-    return _first_batch(exp.dls, False)
+    return _first_batch(exp.dls, device_of(exp.nets))
 
 def _outputs(nets, xb, yb):
     "Of one batch as in training; running statistics stay as they are"
