@@ -153,3 +153,50 @@ def test_words_skipped_are_not_shared():
     "What `skip` of the rendered sets rests on"
     words = make_words(300, seed=5)
     assert words[:200]==make_words(200, seed=5) and not {o.lower() for o in words[:200]} & {o.lower() for o in words[200:]}
+
+# ---- others for an operation
+
+class Counted:
+    "Pictures of one grey each, of which some cannot be had; `read` says which were asked for"
+    def __init__(self, n, broken=()): self.n,self.broken,self.asked = n,set(broken),[]
+    def __len__(self): return self.n
+    def read(self, i, rng=None, picture=True):
+        self.asked.append(i)
+        if i in self.broken: raise UserError(f'picture {i} is broken')
+        return dict(where=f'{i}', path=f'{i}', label=f'{i}', image=np.full((4,4,3), i, np.uint8))
+
+class Looks:
+    "Joins the labels of the first `n` of three others"
+    ext_data_num = 3
+    def __init__(self, n): self.n = n
+    def __call__(self, sample, rng): return {**sample, 'label': '+'.join(o['label'] for o in (sample, *sample['ext_data'][:self.n]))}
+
+def label(data, i, faults=None): return data.fetch(i, [] if faults is None else faults)['label']
+
+def looked(n, **kw):
+    source = Counted(20, **kw)
+    return source,SampleSet(source, [Looks(n)], ['image','label'], seed=1, ext_op_transform_idx=0)
+
+def test_others_are_read_when_looked_at():
+    "And which they are depends on nobody's looking"
+    labels = {}
+    for n in (0, 1, 3):
+        source,data = looked(n)
+        labels[n] = [label(data, i) for i in range(20)]
+        assert len(source.asked)==20*(n+1)
+    assert all(c.startswith(f'{b}+') and b.startswith(f'{a}+') for a,b,c in zip(*labels.values()))
+    again = looked(3)[1]
+    assert [label(again, i) for i in range(20)]==labels[3]
+
+def test_broken_others():
+    "Are replaced by others; where there are none, that is the error, and it does not take a thousand times a thousand"
+    source,data = looked(3, broken={2,5,9})
+    faults = []
+    assert not {2,5,9} & {int(o) for i in range(20) for o in label(data, i, faults).split('+')}
+    assert set(faults)=={f'picture {i} is broken' for i in (2,5,9)}
+    data = looked(1)[1]
+    class Never(Counted):
+        def read(self, i, rng=None, picture=True): return super().read(i) if not self.asked else super().read(7)
+    data.source = Never(20, broken=[7])
+    with pytest.raises(UserError, match='1000 lines drawn'): label(data, 0)
+    assert len(data.source.asked)==1001

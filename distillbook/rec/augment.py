@@ -10,6 +10,7 @@ __all__ = ['mls', 'knots', 'hats', 'flow', 'warp', 'handles', 'distorted', 'stre
            'RecConAug']
 
 # %% ../../nbs/rec/02_augment.ipynb #ebd309f6
+from functools import lru_cache
 import cv2, numpy as np
 
 # %% ../../nbs/rec/02_augment.ipynb #3f5dd342
@@ -28,10 +29,12 @@ def mls(
     return q + a*(places-p)
 
 # %% ../../nbs/rec/02_augment.ipynb #99e8521e
+@lru_cache(256)
 def knots(n, grid):
     "Every `grid`th of `n` pixels, and the last"
     return np.unique([*range(0, n, grid), n-1])
 
+@lru_cache(256)
 def hats(n, grid):
     "How much each knot has to say at each of `n` pixels, [knots,n]"
     k = knots(n, grid)
@@ -176,6 +179,7 @@ def jitter(
     "Shift a picture down and to the right"
     h,w = im.shape[:2]
     n = max(0, int(rng.random()*min(h, w)*amount)-1)
+    if not n: return im.copy()
     y,x = np.arange(h)[:,None],np.arange(w)
     by = np.minimum(np.minimum(y, x), n)
     return im[y-by, x-by]
