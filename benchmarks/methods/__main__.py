@@ -1,10 +1,10 @@
 """Which loss? Every method of distillation on one problem, with one budget, against a twin that has the labels only.
 
-    python -m benchmarks.methods --problem digits|lines|pages [--labels 200] [--seeds 0 1 2 3 4] [--epochs 12 36] [--only kd rkd ...] [--out FOLDER]
+    python -m benchmarks.methods --problem digits|mnist|lines|pages [--labels 200] [--seeds 0 1 2 3 4] [--epochs 12 36] [--only kd rkd ...] [--out FOLDER]
     python -m benchmarks.methods --full --data FOLDER [--device cuda] [--minutes 10] ...
 
-Problems: scikit-learn's digits (a classifier), rendered lines with an unseen font (a CTC reader), rendered pages (a detector); what they are stands in
-benchmarks/methods/digits.py, lines.py and pages.py. `--full` is CIFAR-10 or CIFAR-100 from files that you have, see cifar.py.
+Problems: scikit-learn's digits and five thousand of MNIST's (a classifier), rendered lines with an unseen font (a CTC reader), rendered pages (a detector); what they are
+stands in benchmarks/methods/digits.py, mnist.py, lines.py and pages.py. `--full` is CIFAR-10 or CIFAR-100 from files that you have, see cifar.py.
 
 A teacher has seen all labels, students have a few of them. All students of a seed begin with the same weights and see the same batches; they are trained side by side
 in one learner, where none touches another. A term's weight is that at which its first gradient is as long as that of the labels; with `--choose` .1, 1 or 10 times that, whichever
@@ -125,7 +125,7 @@ class Table:
 
 def arguments():
     ap = argparse.ArgumentParser(prog='python -m benchmarks.methods', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--problem', choices=('digits','lines','pages'), default='digits')
+    ap.add_argument('--problem', choices=('digits','mnist','lines','pages'), default='digits')
     ap.add_argument('--full', action='store_true', help='CIFAR-10 or CIFAR-100 in place of a problem')
     ap.add_argument('--data', type=Path, help="Folder with CIFAR's own files, for --full")
     ap.add_argument('--device', default='cpu', help='cpu or cuda, for --full')
@@ -146,7 +146,8 @@ def main(args=None):
     if a.full and a.choose and not a.epochs: ap.error('--choose wants to know --epochs')
     if a.device!='cpu' and not torch.cuda.is_available(): ap.error(f'--device {a.device}: there is no GPU here')
     if a.full: a.problem = 'cifar'
-    problem = importlib.import_module(f'benchmarks.methods.{a.problem}')
+    module = importlib.import_module(f'benchmarks.methods.{a.problem}')
+    problem = getattr(module, 'problem', module)
     methods,a.epochs,a.labels = a.only or list(problem.METHODS),a.epochs or problem.EPOCHS,a.labels or problem.LABELS
     if bad := [m for m in methods if m not in problem.METHODS]: ap.error(f"no method {bad[0]!r}; there are {', '.join(problem.METHODS)}")
     if a.full: problem.where.update(data=a.data, device=a.device)
