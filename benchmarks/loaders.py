@@ -97,8 +97,7 @@ def operations(kind, folder, rounds, n=48):
             sums['read'] = sums.get('read', 0)+time.perf_counter()-start
             for op in data.ops:
                 if hasattr(op, 'ext_data_num'):
-                    others = [data._random_sample(rng, data.first_ops, []) for _ in range(op.ext_data_num)]
-                    sample = {**sample, 'ext_data': others}
+                    sample = {**sample, 'ext_data': data._others(op.ext_data_num, rng, [])} # Read in the time of who looks
                 start = time.perf_counter()
                 sample = op(sample, rng)
                 name = type(op).__name__

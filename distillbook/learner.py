@@ -217,6 +217,10 @@ def _first_batch(dls, device, with_targets=False):
     xb,yb = split_batch(mapped(plain, batch), getattr(dls, 'n_inp', None))
     return ((*xb, Targets(yb)) if with_targets else xb),yb
 
+def _where(nets):
+    "The GPU that a network is on, or the CPU: fastai's loaders whose device is None go where the networks are"
+    return next((p.device for p in nets.parameters() if p.device.type!='cpu'), torch.device('cpu'))
+
 # %% ../nbs/learning/04_learner.ipynb #61f3ad39
 def distill_learner(
     dls, # fastai `DataLoaders`
@@ -234,7 +238,7 @@ def distill_learner(
 )->DistillLearner:
     "A learner that trains `nets` on `terms`; what is wrong with them is an error here, naming the near matches"
     if not isinstance(nets, Nets): nets = Nets(nets, [frozen] if isinstance(frozen, str) else frozen)
-    device = getattr(dls, 'device', None) or default_device()
+    device = getattr(dls, 'device', default_device()) or _where(nets)
     nets.to(device)
     loss,columns = Terms(nets, terms),net_metrics(nets, metrics)
     xb,yb = _first_batch(dls, device, nets.want_targets())

@@ -98,7 +98,7 @@ def to(x, *args, **kwargs):
     device,more = kwargs.pop('device', None),[]
     for i,a in enumerate(args):
         if isinstance(a, T): device,more = a.device,[*more, a.dtype]
-        elif isinstance(a, (str,torch.device)) or type(a) is int and not i: device = a
+        elif isinstance(a, (str,torch.device)) or (a is None or type(a) is int) and not i: device = a
         else: more.append(a)
     if type(device) is int: device = CUDA
     there,here = isinstance(x, OnGPU) if device is None else is_gpu(device),isinstance(x, OnGPU)

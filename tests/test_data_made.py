@@ -1,5 +1,5 @@
 "Sources that make their pictures instead of reading them, on the way from sample to batch"
-import cv2, numpy as np, pytest, torch
+import cv2, numpy as np, pickle, pytest, torch
 from distillbook.core import UserError
 from distillbook.data.kept import fixed_ops, keep_pictures
 from distillbook.data.lists import read_sample
@@ -187,6 +187,37 @@ def test_others_are_read_when_looked_at():
     assert all(c.startswith(f'{b}+') and b.startswith(f'{a}+') for a,b,c in zip(*labels.values()))
     again = looked(3)[1]
     assert [label(again, i) for i in range(20)]==labels[3]
+
+def test_others_behave_as_a_list():
+    data = looked(3)[1]
+    others = data._others(3, np.random.default_rng(0), [])
+    assert len(others)==3 and others[-1] is others[2] and others[np.int64(0)] is others[0] and [o is p for o,p in zip(others[1:], others)]==[False,False]
+    assert [o['label'] for o in pickle.loads(pickle.dumps(others))]==[o['label'] for o in others] and others[0] in others
+    with pytest.raises(IndexError): others[3]
+
+class Later:
+    "Looks at the others that an operation before it has left, or does without"
+    def __init__(self, catch): self.catch = catch
+    def __call__(self, sample, rng):
+        try: sample['ext_data'][0]
+        except UserError:
+            if not self.catch: raise
+        return sample
+
+class Leaves:
+    ext_data_num = 1
+    def __call__(self, sample, rng): return sample
+
+@pytest.mark.parametrize('catch', [False, True])
+def test_others_of_which_there_are_none(catch):
+    "The error comes from whichever operation looks, if that lets it pass"
+    class Never(Counted):
+        def read(self, i, rng=None, picture=True): return super().read(i) if not self.asked else super().read(7)
+    data = SampleSet(Never(20, broken=[7]), [Leaves(), Later(catch)], ['image','label'], seed=1, ext_op_transform_idx=0)
+    if catch: assert label(data, 0)=='0'
+    else:
+        with pytest.raises(UserError, match='1000 lines drawn'): label(data, 0)
+    assert len(data.source.asked)==1001
 
 def test_broken_others():
     "Are replaced by others; where there are none, that is the error, and it does not take a thousand times a thousand"

@@ -288,7 +288,7 @@ def small_learner(device='cuda', **kw):
 
 @pytest.mark.parametrize('where', ['batches','one network','nowhere'])
 def test_loaders_without_a_device(where):
-    "PyTorch's loaders have none: all is on the GPU from the first batch on, as fastai has it in a fit"
+    "Loaders that know no device: all is on the GPU before the first batch, as fastai has it in a fit"
     class Batches:
         n_inp = 1
         def __len__(self): return 2
@@ -297,9 +297,21 @@ def test_loaders_without_a_device(where):
     nets = dict(Teacher=small(8), Student=small(4))
     if where=='one network': nets['Teacher'].cuda()
     learn = distill_learner(DataLoaders(Batches(), Batches()), nets, TERMS, frozen=['Teacher'], metrics=accuracy)
+    assert {p.device.type for p in learn.model.parameters()}=={'cuda'}
     quiet_fit(learn, 1)
     assert {p.device.type for p in learn.model.parameters()}=={'cuda'} and len(learn.parts())==2
     assert summary(learn)['terms']
+
+@pytest.mark.parametrize('on', ['cpu','cuda'])
+def test_loaders_whose_device_is_none(on):
+    "fastai's, made without one, go where the networks are, as in fastai; so do those that only some networks have left"
+    dls = DataLoaders(DataLoader(items(16), bs=8), DataLoader(items(16), bs=8))
+    assert dls.device is None
+    learn = distill_learner(dls, dict(Teacher=small(8), Student=small(4).to(on)), TERMS, frozen=['Teacher'], metrics=accuracy)
+    for _ in range(2):
+        assert {p.device.type for p in learn.model.parameters()}=={on}
+        quiet_fit(learn, 1)
+    assert len(learn.parts())==2
 
 def quiet_fit(learn, *args, **kw):
     with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kw)

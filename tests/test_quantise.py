@@ -80,10 +80,14 @@ def test_a_silent_channel_takes_its_bias_along(tmp_path):
     y = open_onnx(export_int8(q, tmp_path/'a.onnx', xs, shape=(3,16,16)))[0].run(None, {'x': xs[0].numpy()})[0]
     with torch.no_grad(): np.testing.assert_allclose(y[:,2], net(xs[0])[:,2], atol=.2)
 
-def test_a_silent_layer(tmp_path):
+@pytest.mark.parametrize('scale', (1., .01, .001))
+def test_a_silent_layer(tmp_path, scale):
     "Weights that are all zero, of a branch that has nothing to say yet"
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    with torch.no_grad(): net[2].weight.zero_()
+    with torch.no_grad():
+        net[2].weight.zero_()
+        net[0].weight *= scale
+        net[2].bias += .5
     xs = pictures()
     y = open_onnx(export_int8(quantisable(net, xs), tmp_path/'a.onnx', xs, shape=(3,16,16)))[0].run(None, {'x': xs[0].numpy()})[0]
     with torch.no_grad(): np.testing.assert_allclose(y, net(xs[0]), atol=.02)

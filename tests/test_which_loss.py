@@ -87,6 +87,8 @@ def test_the_table_of_a_few(problem, tmp_path, monkeypatch):
     assert set(got['runs']['1'])=={'0','1'} and set(got['runs']['1']['0'])=={'Alone',*methods}
     assert set(got['weights'])==set(methods) and all(np.isfinite(o['weight']) and o['weight']>0 for o in got['weights'].values())
 
+def kept_weight(folder): return json.loads((folder/'weights.json').read_text())['made']['kd']['weight']
+
 def test_as_many_epochs_as_there_is_time_for(hundred, tmp_path, monkeypatch, capsys):
     "Chosen once for a folder; where there is no time for one, how long that would be"
     for k,v in dict(WIDTHS=(2,4,4,8), DEPTHS=dict(teacher=14, student=8), BS=10, MOST=2, where=dict(cifar.where)).items(): monkeypatch.setattr(cifar, k, v)
@@ -99,6 +101,13 @@ def test_as_many_epochs_as_there_is_time_for(hundred, tmp_path, monkeypatch, cap
     with monkeypatch.context() as m:
         m.setattr(cifar, 'epochs_for', None)
         run(60, tmp_path/'long')
+    one = kept_weight(tmp_path/'long')
+    for f in (cifar.pictures, cifar.teacher): f.cache_clear()
+    table.main(['--full', '--data', str(hundred), '--epochs', '1', '--seeds', '0', '--only', 'kd', '--out', str(tmp_path/'long')])
+    assert kept_weight(tmp_path/'long')!=one # Another teacher
+    (tmp_path/'other').mkdir()
+    with pytest.raises(UserError, match='holds what was made of .* on cpu; --out'):
+        table.main(['--full', '--data', str(tmp_path/'other'), '--epochs', '1', '--out', str(tmp_path/'long')])
     with pytest.raises(UserError, match='an epoch of everything with 1 seed takes .* of 1e-06 there are 0.0 left'): run(1e-6, tmp_path/'short')
     for f in (cifar.pictures, cifar.teacher): f.cache_clear()
 

@@ -156,8 +156,10 @@ def main(args=None):
     out.mkdir(parents=True, exist_ok=True)
     table,about = Table(problem, a.labels),[methods, a.labels, a.choose]
     if a.full:
+        same_source(out, [str(a.data.resolve()), a.device])
         a.epochs = a.epochs or [epochs_that_fit(table, methods, a, out)]
         problem.where['epochs'] = a.epochs[0]
+        about += [a.epochs[0]] # The teacher's
     teacher = kept(out/'teacher.json', lambda: {n: round(problem.score(problem.teacher(n), 'test'), 4) for n in problem.TEACHERS}, a.epochs[0] if a.full else None)
     costs = kept(out/'costs.json', lambda: table.step_times(methods), methods)
     weights = kept(out/'weights.json', lambda: table.chosen(methods, a.epochs[0], a.choose), about)
@@ -175,9 +177,14 @@ def main(args=None):
             print(f"seed {seed}, {epochs} epochs, {got['cpu_seconds']:.0f} s:", {k: round(v-got['made']['Alone'], 3) for k,v in got['made'].items()}, flush=True)
     if 'papers' in res: print_beside(res)
 
+def same_source(out, source):
+    "`UserError` if what is kept in a folder was made of other files or elsewhere"
+    was = kept(out/'source.json', lambda: source)['made']
+    if was!=source: raise UserError(f"{out} holds what was made of {was[0]} on {was[1]}; --out names another folder")
+
 def epochs_that_fit(table, methods, a, out):
     "Chosen once for a folder, and said"
-    n = kept(out/'epochs.json', lambda: table.epochs_for(a.minutes, methods, len(a.seeds)), [a.minutes, methods, len(a.seeds)])['made']
+    n = kept(out/'epochs.json', lambda: table.epochs_for(a.minutes, methods, len(a.seeds)), [a.minutes, methods, a.labels, len(a.seeds)])['made']
     print(f"{n} epoch{'s'*(n!=1)} fit into {a.minutes:g} minutes", flush=True)
     return n
 

@@ -89,10 +89,11 @@ class Others(Sequence):
     "Samples whose numbers are drawn, and which are made when somebody looks"
     def __init__(self, idxs, make): self.idxs,self.make,self.made,self.error = idxs,make,{},None
     def __len__(self): return len(self.idxs)
+    def __reduce__(self): return list,(list(self),)
     def __getitem__(self, k):
         if isinstance(k, slice): return [self[i] for i in range(len(self))[k]]
-        i = self.idxs[k]
-        try: return self.made[k] if k in self.made else self.made.setdefault(k, self.make(i))
+        k = range(len(self))[k]
+        try: return self.made[k] if k in self.made else self.made.setdefault(k, self.make(self.idxs[k]))
         except UserError as e:
             self.error = e
             raise
@@ -112,12 +113,13 @@ def _sample(self:SampleSet, i, rng, ops, faults):
     except UserError as e: return faults.append(str(e))
     sample = {**sample, 'epoch': self.epoch}
     where = sample.get('where') or sample.get('path') or f'line {i}'
+    others = None
     for op in ops:
-        others = None
         if joins and hasattr(op, 'ext_data_num'):
-            others = sample['ext_data'] = self._others(op.ext_data_num, rng, faults)
+            others = self._others(op.ext_data_num, rng, faults)
+            sample = {**sample, 'ext_data': others}
         sample,why = apply_op(op, sample, rng, where)
-        if others and others.error: raise others.error
+        if sample is None and others and why==str(others.error): raise others.error
         if sample is None: return faults.append(f'{where}: {why}')
     return sample
 

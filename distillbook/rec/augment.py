@@ -29,16 +29,20 @@ def mls(
     return q + a*(places-p)
 
 # %% ../../nbs/rec/02_augment.ipynb #99e8521e
-@lru_cache(256)
+@lru_cache(64)
 def knots(n, grid):
-    "Every `grid`th of `n` pixels, and the last"
-    return np.unique([*range(0, n, grid), n-1])
+    "Every `grid`th of `n` pixels, and the last; read only"
+    return _fixed(np.unique([*range(0, n, grid), n-1]))
 
-@lru_cache(256)
+@lru_cache(64)
 def hats(n, grid):
-    "How much each knot has to say at each of `n` pixels, [knots,n]"
+    "How much each knot has to say at each of `n` pixels, [knots,n]; read only"
     k = knots(n, grid)
-    return np.stack([np.interp(np.arange(n), k, e) for e in np.eye(len(k))])
+    return _fixed(np.stack([np.interp(np.arange(n), k, e) for e in np.eye(len(k))]))
+
+def _fixed(a):
+    a.setflags(write=False)
+    return a
 
 # %% ../../nbs/rec/02_augment.ipynb #28c17239
 def flow(
@@ -231,7 +235,7 @@ class RecConAug:
         self.max_text_length,self.ext_data_num = max_text_length,ext_data_num
 
     def __call__(self,
-        sample:dict, # With 'image', 'label', and 'ext_data', a list of dicts with 'image' and 'label'
+        sample:dict, # With 'image', 'label', and 'ext_data', dicts with 'image' and 'label'
         rng:np.random.Generator,
     )->dict: # With 'image' and 'label' joined, without 'ext_data'; `sample` is as it was
         out = {k: v for k,v in sample.items() if k!='ext_data'}

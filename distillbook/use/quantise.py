@@ -88,8 +88,8 @@ class WeightSteps(nn.Module):
     def forward(self, w):
         if not self.on: return w
         peaks = w.detach().abs().amax([d for d in range(w.ndim) if d!=self.axis])
-        most = torch.where(peaks.max()>0, peaks.max(), 1) # Steps of weights that are all zero have the size of one
-        scale = constant(torch.maximum(peaks, 1e-3*most).clamp(min=1e-8)/127)
+        scale = torch.where(peaks.max()>0, torch.maximum(peaks, 1e-3*peaks.max()), 1.) # Zeros fit into any steps
+        scale = constant(scale.clamp(min=1e-8)/127)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(w, scale, constant(zero), self.axis, -128, 127)
 
