@@ -258,3 +258,7 @@ def test_defaults_are_paddles():
     con = RecConAug()
     assert (con.prob, con.height, con.ratio, con.max_text_length, con.ext_data_num) == (.5, 32, 10, 25, 1)
     assert RecConAug(1.)(piece('a'), rng(0)) .keys() == piece('a').keys()
+
+def test_what_is_kept_for_a_size_cannot_be_changed():
+    for kept in (knots(320, 100), augment.hats(320, 100)):
+        with pytest.raises(ValueError, match='read-only'): kept[1] = 7
